@@ -1,0 +1,33 @@
+"""memdiag: what a neural network memorized, where it sits, whether it matters, and whether a fix worked.
+
+The functions here take the options of the command of the same name and return its report:
+
+    >>> import memdiag
+    >>> report = memdiag.entropy("runs/my-model", data="texts.jsonl")  # doctest: +SKIP
+    >>> report.to_pandas()  # doctest: +SKIP
+
+Importing memdiag does not import torch; calling one of its functions does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memdiag.errors import IncompleteError, InputError
+
+if TYPE_CHECKING:
+    from memdiag.entropy_report import entropy
+    from memdiag.tables import Report, read
+
+__version__ = "0.1.0"
+__all__ = ["IncompleteError", "InputError", "Report", "__version__", "entropy", "read"]
+
+_HOME = {"entropy": "memdiag.entropy_report", "Report": "memdiag.tables", "read": "memdiag.tables"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'memdiag' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,6 @@
+"""python -m memdiag"""
+
+from memdiag.cli import run
+
+if __name__ == "__main__":
+    run()

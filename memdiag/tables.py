@@ -1,0 +1,287 @@
+"""Reports: declared once as a dataclass, written as Parquet, read back. The only file that writes Parquet.
+
+A report's rows are a frozen dataclass whose fields are made by `column`. Its `report` name and `schema_version`
+stand in the class as plain attributes. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memdiag.errors import IncompleteError, InputError, one_line
+
+if TYPE_CHECKING:
+    import pandas
+
+KEY = b"memdiag"
+Rows = Iterable[Mapping[str, Any]]
+
+
+def column(type: pa.DataType, doc: str, *, unit: str = "", nullable: bool = False) -> Any:
+    """A field of a row: its Arrow type, what it means, its unit ("" for a pure number or a name)."""
+    return dataclasses.field(metadata={"type": type, "doc": doc, "unit": unit, "nullable": nullable})
+
+
+def schema_of(row: type) -> pa.Schema:
+    """The Arrow schema of a row dataclass, with `doc` and `unit` in each field's metadata."""
+    return pa.schema(
+        [
+            pa.field(
+                field.name,
+                field.metadata["type"],
+                nullable=field.metadata["nullable"],
+                metadata={"doc": field.metadata["doc"], "unit": field.metadata["unit"]},
+            )
+            for field in dataclasses.fields(row)
+        ]
+    )
+
+
+def markdown(schema: pa.Schema) -> str:
+    """The schema as a Markdown table, as the docs hold it."""
+    lines = ["| column | type | unit | null? | meaning |", "| --- | --- | --- | --- | --- |"]
+    for name, type_, unit, nullable, doc in described(schema):
+        lines.append(
+            f"| `{name}` | {type_} | {unit} | {'yes' if nullable else ''} | {doc.replace('|', chr(92) + '|')} |"
+        )
+    return "\n".join(lines)
+
+
+def described(schema: pa.Schema) -> list[tuple[str, str, str, bool, str]]:
+    """(name, type, unit, nullable, doc) of every column."""
+    out = []
+    for field in schema:
+        meta = field.metadata or {}
+        unit, doc = meta.get(b"unit", b"").decode(), meta.get(b"doc", b"").decode()
+        out.append((field.name, str(field.type), unit, field.nullable, doc))
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A report that was read or just written."""
+
+    table: pa.Table
+    meta: dict[str, Any]
+    path: Path | None = None
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows as a pandas DataFrame; nulls become NaN or None."""
+        frame: pandas.DataFrame = self.table.to_pandas()
+        return frame
+
+
+def to_batch(row: type, rows: Rows) -> pa.RecordBatch:
+    """Rows as Arrow, checked against the declaration.
+
+    NaN in a nullable float column becomes null: undefined is never a number.
+
+    Raises:
+        ValueError: a missing or unknown column, a null where none may be, an infinity, or a NaN where no null may
+            be. All of these are bugs of the caller.
+    """
+    schema = schema_of(row)
+    names = set(schema.names)
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for record in rows:
+        if set(record) != names:
+            raise ValueError(f"columns differ from {row.__name__}: {sorted(set(record) ^ names)}")
+        for name, value in record.items():
+            columns[name].append(None if isinstance(value, float) and math.isnan(value) else value)
+    for field in schema:
+        values = columns[field.name]
+        if not field.nullable and any(value is None for value in values):
+            raise ValueError(f"column {field.name} may not be null or NaN")
+        if any(isinstance(value, float) and math.isinf(value) for value in values):
+            raise ValueError(f"column {field.name} holds an infinity")
+    return pa.RecordBatch.from_pydict(columns, schema=schema)
+
+
+def write(path: Path, row: type, batches: Iterable[Rows], meta: Mapping[str, Any]) -> None:
+    """Write a report in one step: readers see the old file, or the whole new one.
+
+    Args:
+        path: where; what was there is replaced (the caller decides whether it may be).
+        row: the dataclass of its rows.
+        batches: each becomes one row group, written as it comes.
+        meta: goes into the file's metadata as JSON under the key `memdiag`.
+    Raises:
+        IncompleteError: the disk is full or the file cannot be written.
+    """
+    schema = _with_meta(schema_of(row), meta)
+    with _replacing(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for rows in batches:
+            batch = to_batch(row, rows)
+            if batch.num_rows:
+                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+
+
+def join(path: Path, row: type, parts: Iterable[Path], meta: Mapping[str, Any]) -> None:
+    """One report out of parts with the same columns, row group by row group, in the order given."""
+    schema = _with_meta(schema_of(row), meta)
+    with _replacing(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                for i in range(file.num_row_groups):
+                    writer.write_table(file.read_row_group(i).cast(schema).replace_schema_metadata(schema.metadata))
+
+
+def _with_meta(schema: pa.Schema, meta: Mapping[str, Any]) -> pa.Schema:
+    return schema.with_metadata({KEY: json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()})
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place if the block succeeds and is removed if it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())  # a power cut must not leave an empty file under the final name
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "the disk is full" if full else f"cannot write: {one_line(error.strerror or error)}"
+        todo = "free some space" if full else "choose another --out"
+        raise IncompleteError(f"{path}: {what}; {todo} and run the same command again to go on") from error
+
+
+def read(path: Path) -> Report:
+    """Read a report.
+
+    Raises:
+        InputError: there is no such file, it is not Parquet, or not a report of memdiag.
+    """
+    meta = read_meta(path)
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {one_line(error, 120)}; make it again") from None
+    return Report(table, meta, path)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The run metadata of a report, without reading its rows; errors as `read`."""
+    return _meta_of(path, read_schema(path))
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """The columns of a report with their docs, without reading its rows; errors as `read`."""
+    if not path.exists():
+        raise InputError(f"no such report: {path}")
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a Parquet file ({one_line(error, 120)}); give a report of memdiag") from None
+
+
+def _meta_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
+    try:
+        meta = json.loads((schema.metadata or {})[KEY])
+        if not isinstance(meta, dict) or "report" not in meta:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise InputError(f"{path} is Parquet but no report of memdiag (no {KEY.decode()!r} metadata)") from None
+    return meta
+
+
+def check_place(path: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a finished report with this identity already stands at `path`.
+
+    Raises:
+        InputError: something else stands there; the fields that differ are named.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; give a file name to --out")
+    differing = _differing(read_meta(path).get("identity", {}), identity)
+    if differing:
+        raise InputError(f"{path} already holds another report (differs in {differing}); --force or another --out")
+    return True
+
+
+def differing(a: Report, b: Report) -> list[str]:
+    """The columns that are not equal, bit for bit; those of only one of the two among them."""
+    names = sorted({*a.table.column_names, *b.table.column_names})
+    both = {*a.table.column_names} & {*b.table.column_names}
+    return [name for name in names if name not in both or not a.table[name].equals(b.table[name])]
+
+
+def _differing(a: Any, b: Any, prefix: str = "") -> str:
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return prefix.rstrip(".") or "everything"
+    return ", ".join(
+        _differing(a.get(key), b.get(key), f"{prefix}{key}.") for key in sorted({*a, *b}) if a.get(key) != b.get(key)
+    )
+
+
+class Parts:
+    """The finished pieces of a report in the making, in a directory beside it, so that an interrupted run goes on.
+
+    Each part is itself a whole report file. The directory's `identity.json` says which run it belongs to.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, force: bool) -> None:
+        """Open or make the directory.
+
+        Raises:
+            InputError: it belongs to a run with other inputs or options and `force` is not given.
+        """
+        self.out = out
+        self.directory = out.with_name(f".{out.name}.parts")
+        file = self.directory / "identity.json"
+        if force:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            found = json.loads(file.read_text()) if file.exists() else None
+        except (ValueError, OSError):
+            found = None  # killed while it was made: there is no part yet
+        if found is not None and (differing := _differing(found, json.loads(json.dumps(identity)))):
+            raise InputError(
+                f"{out} was begun with other inputs (differs in {differing}); give --force to start afresh, "
+                "or another --out"
+            )
+        if found is None:
+            with _replacing(file) as partial:
+                partial.write_text(json.dumps(identity, sort_keys=True))
+
+    def path(self, name: str) -> Path:
+        """Where the part of this name is or will be."""
+        return self.directory / f"{name}.parquet"
+
+    def has(self, name: str, of: str, identity: Mapping[str, Any]) -> bool:
+        """Whether the part is finished.
+
+        Raises:
+            InputError: it is, but what it was made `of` has changed since.
+        """
+        path = self.path(name)
+        if not path.exists():
+            return False
+        if _differing(read_meta(path).get("part"), identity):
+            raise InputError(f"{of} has changed since {self.out} was begun; give --force to start afresh")
+        return True
+
+    def remove(self) -> None:
+        """Delete the parts: the report is whole, or nothing was finished."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """Delete the directory if no part of it was finished."""
+        if not any(self.directory.glob("*.parquet")):
+            self.remove()
