@@ -1,0 +1,87 @@
+"""The command line: `memdiag COMMAND ...`. Commands open their inputs, call one function, and show the report.
+
+Exit codes: 0 done; 1 a check failed; 2 the input is at fault; 3 incomplete, run it again to go on; 70 a bug of ours;
+130 Ctrl-C; 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+import memdiag
+from memdiag.cli import measure, reports
+from memdiag.errors import IncompleteError, InputError, one_line
+
+app = typer.Typer(
+    name="memdiag",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: half the start-up time, and it reads well in a pipe
+    context_settings={"auto_envvar_prefix": "MEMDIAG", "help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"memdiag {memdiag.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What a neural network memorized, where it sits, whether it matters, and whether a fix worked.
+
+    Every command reads a checkpoint and a dataset and writes one Parquet report. Every option has an environment
+    variable: MEMDIAG_ENTROPY_ALPHA is --alpha of memdiag entropy.
+
+    Example: memdiag entropy runs/my-model --data texts.jsonl
+    """
+
+
+app.command("entropy")(measure.entropy)
+app.command("schema")(reports.schema)
+app.command("rerun")(reports.rerun)
+
+
+def run(args: Sequence[str] | None = None) -> NoReturn:
+    """The entry point: everything that can go wrong becomes one line on stderr and the documented exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no partial file stays behind
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        sys.exit(typer.main.get_command(app)(args=args, standalone_mode=False) or 0)
+    except Exception as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _report(error: Exception) -> int:
+    """Print what went wrong and return the exit code for it."""
+    if os.environ.get("MEMDIAG_DEBUG"):
+        traceback.print_exception(error)
+    if isinstance(error, InputError):
+        return _say(str(error), 2)
+    if isinstance(error, IncompleteError):
+        return _say(str(error), 3)
+    if hasattr(error, "format_message"):  # typer's own: an option or argument is wrong
+        return _say(one_line(error.format_message()), 2)
+    if isinstance(error, typer.Abort):
+        return 130
+    where = f"{type(error).__name__}: {one_line(error)}"
+    return _say(f"a bug of memdiag, please report it: {where} (MEMDIAG_DEBUG=1 shows where)", 70)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"memdiag: {' '.join(message.split())}", file=sys.stderr)
+    return code

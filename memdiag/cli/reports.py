@@ -1,0 +1,107 @@
+"""Commands about reports; none of them needs torch, but for `rerun`, which measures again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from memdiag.cli import options as o
+
+# Where each report's rows are declared; these modules import without torch.
+ROWS = {
+    "entropy": "memdiag.entropy_report:EntropyRow",
+    "entropy.gradients": "memdiag.entropy_report:GradientRow",
+}
+
+
+def row_of(report: str) -> type:
+    """The row dataclass of a report by its name."""
+    from memdiag.errors import unknown
+
+    if report not in ROWS:
+        raise unknown("report", report, ROWS)
+    module, _, name = ROWS[report].partition(":")
+    row: type = getattr(importlib.import_module(module), name)
+    return row
+
+
+def schema(
+    report: Annotated[
+        str | None, o.argument(metavar="[REPORT|NAME]", help="A report file, or the name of a report.")
+    ] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """What is in a report: every column with its type, unit and meaning, and how a file was made.
+
+    Example: memdiag schema entropy.parquet
+    """
+    from memdiag import tables
+
+    if report is None:
+        print(json.dumps(sorted(ROWS)) if as_json else "\n".join(sorted(ROWS)))
+        return
+    is_name = report in ROWS or not (Path(report).exists() or Path(report).suffix)
+    found = tables.schema_of(row_of(report)) if is_name else tables.read_schema(Path(report))
+    meta = None if is_name else tables.read_meta(Path(report))
+    columns = [
+        dict(zip(("name", "type", "unit", "nullable", "doc"), described)) for described in tables.described(found)
+    ]
+    if as_json:
+        print(json.dumps({"columns": columns} | ({"meta": meta} if meta else {})))
+    else:
+        print_schema(columns, meta)
+
+
+def print_schema(columns: list[dict[str, Any]], meta: dict[str, Any] | None) -> None:
+    """The columns as a table, and below it the run that a file comes from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("column", "type", "unit", "null?", "meaning", box=None, pad_edge=False, header_style="bold")
+    for c in columns:
+        table.add_row(c["name"], c["type"], c["unit"], "yes" if c["nullable"] else "", c["doc"])
+    console = Console()
+    console.print(table)
+    for key, value in (meta or {}).items():
+        if key != "identity":
+            console.print(f"[bold]{key}[/]: ", end="")
+            console.print(value if isinstance(value, str) else json.dumps(value), markup=False, highlight=False)
+
+
+def rerun(
+    report: Annotated[Path, o.argument(metavar="REPORT", help="A report of memdiag.")],
+    out: Annotated[
+        Path | None, o.option("--out", "-o", help="Where the new report goes. Default: NAME.rerun.parquet.")
+    ] = None,
+    force: o.Force = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    online: o.Online = False,
+) -> None:
+    """Repeat the run that made a report, with the options recorded in it, and say whether it came out the same.
+
+    Example: memdiag rerun entropy.parquet
+    """
+    from memdiag import tables
+    from memdiag.cli.measure import begin
+    from memdiag.entropy_report import options_of
+
+    begin(online=online, quiet=quiet)
+    old = tables.read(report)
+    checkpoint, settings = options_of(old)
+    out = out or report.with_name(f"{report.stem}.rerun.parquet")
+    from memdiag import entropy_report
+    from memdiag.progress import Progress
+
+    with Progress(show=not quiet) as progress:
+        new = entropy_report.measure(checkpoint, settings, out=out, force=force, progress=progress)
+    differing = tables.differing(old, new)
+    if as_json:
+        print(json.dumps({"report": str(out), "same": not differing, "differing": differing}))
+    elif quiet:
+        print(out)
+    else:
+        print(out)
+        print("the same rows" if not differing else f"differs in {', '.join(differing)}")

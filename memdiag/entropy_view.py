@@ -1,0 +1,267 @@
+"""An entropy report for people: a summary, tables for the terminal, a plot. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memdiag.errors import IncompleteError, InputError, one_line
+from memdiag.tables import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Row = dict[str, Any]
+BLOCKS = " ▏▎▍▌▋▊▉█"
+SPARKS = "▁▂▃▄▅▆▇█"
+MOST_TABLES = 6
+
+
+def bar(share: float | None, width: int = 10) -> str:
+    """A share in [0, 1] as a bar of eighths of a character; dots for a null."""
+    if share is None:
+        return "·" * width
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (BLOCKS[rest] if rest else "")).ljust(width)
+
+
+def sparkline(values: list[float | None]) -> str:
+    """Values from lowest to highest as eight heights; a dot for a null."""
+    known = [v for v in values if v is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    span = (high - low) or 1.0
+    return "".join("·" if v is None else SPARKS[min(7, int((v - low) / span * 8))] for v in values)
+
+
+def grouped(report: Report) -> dict[tuple[str, str | None], dict[str, list[Row]]]:
+    """Rows by (unit, pooling), then by checkpoint in the report's order."""
+    out: dict[tuple[str, str | None], dict[str, list[Row]]] = {}
+    for row in report.table.to_pylist():
+        out.setdefault((row["unit"], row["pooling"]), {}).setdefault(row["checkpoint"], []).append(row)
+    return out
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The report's path and headline figures: of the last checkpoint, the mean over layers of each unit's MBE."""
+    groups = grouped(report)
+    last = next(reversed(next(iter(groups.values())).values()))
+    figures: Row = {
+        "report": str(report.path),
+        "checkpoints": len(report.meta["checkpoint"]),
+        "layers": len(last),
+        "examples": last[0]["n_examples"],
+        "truncated": last[0]["truncated"],
+        "last_checkpoint": last[0]["checkpoint"],
+        "cross_entropy": last[0]["cross_entropy"],
+    }
+    for (unit, pooling), checkpoints in groups.items():
+        values = [row["mbe"] for row in next(reversed(checkpoints.values())) if row["mbe"] is not None]
+        figures[f"mbe_{unit}" + (f"_{pooling}" if pooling else "")] = sum(values) / len(values) if values else None
+    if "gradients" in report.meta:
+        figures["gradients"] = report.meta["gradients"]
+    return figures
+
+
+def print_table(report: Report) -> None:
+    """A table per checkpoint, layers down; over a run also a trend per layer."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for (unit, pooling), checkpoints in grouped(report).items():
+        names = list(checkpoints)
+        shown = names if len(names) <= MOST_TABLES else [names[0], names[-1]]
+        for name in shown:
+            _print_checkpoint(console, unit, pooling, checkpoints[name])
+        if len(shown) < len(names):
+            console.print(f"[dim]{len(names) - len(shown)} checkpoints between them are in the report[/]")
+        if len(names) > 1:
+            _print_trend(console, unit, pooling, list(checkpoints.values()))
+    console.print(f"[dim]report:[/] {report.path}", highlight=False, soft_wrap=True)
+
+
+def _title(unit: str, pooling: str | None, rows: list[Row]) -> str:
+    first = rows[0]
+    of = {"patch": f"patches of {first['patch_size']} tokens", "sequence": "whole sequences"}
+    what = of.get(unit, f"one vector an example ({pooling} token)" if pooling == "last" else "mean-pooled examples")
+    return f"MBE of {what}, α = {first['alpha']:g}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure of a table; – for a null."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _table(*names: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("", "trend") else "right", no_wrap=True)
+    return table
+
+
+def _print_checkpoint(console: Console, unit: str, pooling: str | None, rows: list[Row]) -> None:
+    first = rows[0]
+    loss = f", cross-entropy {first['cross_entropy']:.3f} nats" if first["cross_entropy"] is not None else ""
+    console.print(f"[bold]{first['checkpoint']}[/]  {_title(unit, pooling, rows)}{loss}", highlight=False)
+    table = _table("layer", "mbe (nats)", "95 % interval", "mbe/max", "", "centred", "row-norm.", "eff.rank", "cosine")
+    for row in rows:
+        share = row["mbe"] / row["mbe_max"] if row["mbe"] is not None and row["mbe_max"] else None
+        table.add_row(
+            str(row["layer"]),
+            number(row["mbe"]),
+            f"{row['mbe_lo']:.3f} – {row['mbe_hi']:.3f}" if row["mbe_lo"] is not None else "–",
+            "–" if share is None else f"{share:.0%}",
+            f"[cyan]{bar(share)}[/]",
+            number(row["mbe_centred"]),
+            number(row["mbe_row_normalised"]),
+            number(row["effective_rank"], 2),
+            number(row["mean_cosine"], 2),
+        )
+    console.print(table)
+    notes = [f"{first['n_examples']} examples, {first['n_tokens']} tokens in {first['n_units']} units"]
+    notes += [f"{first['n_tokens_dropped']} tokens in no unit"] if first["n_tokens_dropped"] and unit == "patch" else []
+    notes += [f"{first['truncated']} examples truncated"] if first["truncated"] else []
+    notes += ["fewer than 2 d examples: limited by n"] if first["n_limited"] else []
+    console.print(f"[dim]{'; '.join(notes)}[/]\n", highlight=False)
+
+
+def _print_trend(console: Console, unit: str, pooling: str | None, checkpoints: list[list[Row]]) -> None:
+    title = f"[bold]over {len(checkpoints)} checkpoints[/]  {_title(unit, pooling, checkpoints[0])}"
+    console.print(title, highlight=False)
+    table = _table("layer", "first", "trend", "last", "change")
+    losses = [rows[0]["cross_entropy"] for rows in checkpoints]
+    series = [(str(rows[0]["layer"]), [row["mbe"] for row in rows]) for rows in zip(*checkpoints)]
+    for name, values in [*series, *([("loss", losses)] if any(v is not None for v in losses) else [])]:
+        first, last = values[0], values[-1]
+        change = f"{last - first:+.3f}" if first is not None and last is not None else "–"
+        table.add_row(name, number(first), f"[cyan]{sparkline(values)}[/]", number(last), change)
+    console.print(table, "")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be written before anything is computed.
+
+    Raises:
+        InputError: the name ends in neither .png nor .svg.
+    """
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise InputError(f"--plot {path}: the name must end in .png or .svg")
+
+
+def plot(report: Report, path: Path) -> None:
+    """Draw layer × step for a run, MBE by layer for a single checkpoint; one row of panels per unit."""
+    check_plot(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    groups = grouped(report)
+    is_run = len(report.meta["checkpoint"]) > 1
+    figure = Figure(figsize=(11 if is_run else 6.5, 3.8 * len(groups)), layout="constrained", dpi=150)
+    axes = figure.subplots(len(groups), 2 if is_run else 1, squeeze=False)
+    for row_of_axes, ((unit, pooling), checkpoints) in zip(axes, groups.items()):
+        rows = list(checkpoints.values())
+        title = _title(unit, pooling, rows[0])
+        if is_run:
+            _draw_lines(row_of_axes[0], rows, title)
+            _draw_map(figure, row_of_axes[1], rows)
+        else:
+            _draw_profile(row_of_axes[0], rows[0], title)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # no date and a fixed salt: the same report gives the same file
+        matplotlib.rcParams["svg.hashsalt"] = "memdiag"
+        figure.savefig(
+            partial, format=path.suffix[1:].lower(), metadata={"Date": None} if path.suffix == ".svg" else {}
+        )
+        os.replace(partial, path)
+    except OSError as error:
+        raise IncompleteError(f"{path} could not be written: {one_line(error)}; the report itself is done") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _floats(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _positions(rows: list[list[Row]]) -> tuple[list[int], list[str]]:
+    """Checkpoints evenly spaced, as saved, with their steps as labels: steps often grow geometrically."""
+    labels = [str(r[0]["checkpoint"] if r[0]["step"] is None else r[0]["step"]) for r in rows]
+    return list(range(len(rows))), labels
+
+
+def _label_steps(axis: Any, rows: list[list[Row]]) -> None:
+    at, labels = _positions(rows)
+    every = max(1, math.ceil(len(at) / 12))
+    axis.set_xticks(at[::every], labels[::every], rotation=0 if len(at) <= 8 else 45)
+    axis.set_xlabel("training step")
+
+
+def _draw_lines(axis: Any, rows: list[list[Row]], title: str) -> None:
+    from matplotlib import colormaps
+
+    at, _ = _positions(rows)
+    by_layer = list(zip(*rows))
+    for i, series in enumerate(by_layer):
+        colour = colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1))
+        values = _floats([row["mbe"] for row in series])
+        axis.plot(at, values, marker="o", markersize=3, color=colour, label=f"layer {series[0]['layer']}")
+        low, high = (_floats([row[end] for row in series]) for end in ("mbe_lo", "mbe_hi"))
+        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+    ceiling = by_layer[0][-1]["mbe_max"]
+    if ceiling is not None:
+        axis.axhline(ceiling, color="0.6", linestyle="--", linewidth=0.8)
+        axis.annotate("maximum", (0, ceiling), (0, -3), textcoords="offset points", va="top", fontsize=7, color="0.4")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("MBE (nats), with 95 % interval")
+    axis.set_title(title, fontsize=10, loc="left")
+    if len(by_layer) <= 13:
+        axis.legend(fontsize=7, frameon=False, ncols=2)
+    axis.spines[["top", "right"]].set_visible(False)
+    _label_steps(axis, rows)
+
+
+def _draw_map(figure: Any, axis: Any, rows: list[list[Row]]) -> None:
+    by_layer = list(zip(*rows))
+    values = [_floats([row["mbe"] for row in series]) for series in by_layer]
+    image = axis.imshow(values, aspect="auto", origin="lower", cmap="viridis", vmin=0)
+    if len(by_layer) * len(rows) <= 80:
+        top = max((v for series in values for v in series if not math.isnan(v)), default=1.0) or 1.0
+        for y, series in enumerate(values):
+            for x, value in enumerate(series):
+                ink = "black" if value > 0.6 * top else "white"
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    axis.set_yticks(range(len(by_layer)), [str(series[0]["layer"]) for series in by_layer])
+    axis.set_ylabel("layer")
+    axis.set_title("layer × step", fontsize=10, loc="left")
+    figure.colorbar(image, ax=axis, label="MBE (nats)", fraction=0.05)
+    _label_steps(axis, rows)
+
+
+def _draw_profile(axis: Any, rows: list[Row], title: str) -> None:
+    layers = [row["layer"] for row in rows]
+    for name, label, style in (
+        ("mbe", "MBE", "-"),
+        ("mbe_centred", "centred", "--"),
+        ("mbe_row_normalised", "row-normalised", ":"),
+    ):
+        axis.plot(layers, _floats([row[name] for row in rows]), style, marker="o", markersize=3, label=label)
+    axis.fill_between(
+        layers, *(_floats([row[end] for row in rows]) for end in ("mbe_lo", "mbe_hi")), alpha=0.2, linewidth=0
+    )
+    axis.plot(layers, _floats([row["mbe_max"] for row in rows]), color="0.6", linewidth=0.8, label="maximum")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("nats")
+    axis.set_title(f"{rows[0]['checkpoint']}: {title}", fontsize=10, loc="left")
+    axis.legend(fontsize=7, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
