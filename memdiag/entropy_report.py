@@ -216,10 +216,12 @@ def open_inputs(checkpoint: str | Path, options: EntropyOptions) -> Inputs:
     Raises:
         InputError: anything that is not there, not readable or does not fit.
     """
-    from memdiag.checkpoint import open_checkpoints
+    from memdiag.checkpoint import inner_steps, open_checkpoints
     from memdiag.dataset import open_dataset
 
     checkpoints = open_checkpoints(checkpoint, model=options.model, steps=options.steps)
+    if len(checkpoints) == 1 and (inner := inner_steps(checkpoint)):
+        log.info("%s holds %d checkpoints as well; --steps 0: measures the run", checkpoint, len(inner))
     if options.data is None:
         options = dataclasses.replace(options, data=_default_data(checkpoints[0]))
     assert options.data is not None

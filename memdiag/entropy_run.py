@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +52,35 @@ def run(inputs: Inputs, name: str, out: Path, *, force: bool, progress: Progress
         "options": options.identity(),
         "dataset": dataset.fingerprint(),
     }
-    if out.exists() and not force:
-        whole = shared | {"checkpoints": {c.name: _identity(c, options) for c in inputs.checkpoints}}
-        if tables.check_place(out, whole):
-            log.info("%s is already there, made from the same inputs; --force makes it again", out)
-            return tables.read(out)
-    parts = tables.Parts(out, shared, force=force) if rank == 0 else None
-    try:
-        for i, checkpoint in enumerate(inputs.checkpoints):
-            identity = _identity(checkpoint, options)
-            if not ranks.broadcast(parts is not None and parts.has(f"{i:05d}", checkpoint.name, identity)):
-                _measure(checkpoint, identity, inputs, target, parts.path(f"{i:05d}") if parts else None, progress)
-    finally:
-        if parts is not None:
-            parts.remove_if_empty()
-    if parts is not None:
-        _join(parts, inputs, name, out, shared)
-        parts.remove()
+
+    def whole() -> dict[str, Any]:
+        return shared | {"checkpoints": {c.name: _identity(c, options) for c in inputs.checkpoints}}
+
+    if ranks.broadcast(rank == 0 and _is_there(out, whole, gradients=options.gradients, force=force)):
+        log.info("%s is already there, made from the same inputs; --force makes it again", out)
+        if rank == 0:
+            tables.remove_leftovers(out, shared)
+    else:
+        parts = tables.Parts(out, shared, force=force) if rank == 0 else None
+        try:
+            for i, checkpoint in enumerate(inputs.checkpoints):
+                part, identity = f"{i:05d}", {"name": checkpoint.name, **_identity(checkpoint, options)}
+                if not ranks.broadcast(parts is not None and parts.has(part, checkpoint.name, identity)):
+                    _measure(checkpoint, identity, inputs, target, parts.path(part) if parts else None, progress)
+            if parts is not None:
+                _join(parts, inputs, name, out, shared)
+                parts.remove()
+        finally:
+            if parts is not None:
+                parts.close()
     ranks.broadcast(None)  # nobody leaves before the report is there
     return tables.read(out) if rank == 0 else tables.Report(tables.schema_of(EntropyRow).empty_table(), {})
+
+
+def _is_there(out: Path, whole: Callable[[], dict[str, Any]], *, gradients: bool, force: bool) -> bool:
+    places = [out, _gradients_path(out)] if gradients else [out]
+    there = [tables.check_place(place, whole, force=force) for place in places]  # each may refuse, so all are asked
+    return all(there)
 
 
 def _identity(checkpoint: Checkpoint, options: EntropyOptions) -> dict[str, str | None]:
@@ -114,12 +124,11 @@ def _measure(
         total.merge(part)
         layers = layers or seen
     assert layers is not None  # a dataset has at least one example
-    for skipped in layers.skipped:
-        log.info("layer %s is left out: %s", skipped[0], skipped[1])
+    if checkpoint is inputs.checkpoints[0]:
+        _log_skipped(layers.skipped)
     about = {
-        "name": checkpoint.name,
-        "step": checkpoint.step,
         **identity,
+        "step": checkpoint.step,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "skipped": layers.skipped,
     }
@@ -128,6 +137,16 @@ def _measure(
         found = gradient_rows(inputs, checkpoint, model, target)
         tables.write(_gradients_path(path), GradientRow, [found], meta)
     tables.write(path, EntropyRow, [rows_of(total, layers.taken, checkpoint, options)], meta)
+
+
+def _log_skipped(skipped: list[tuple[str, str]]) -> None:
+    """A line for each reason; the report's metadata has every name."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in skipped:
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        log.info("left out, %s: %s%s", why, ", ".join(names[:3]), more)
 
 
 def _gradients_path(path: Path) -> Path:

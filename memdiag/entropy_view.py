@@ -71,7 +71,7 @@ def print_table(report: Report) -> None:
     """A table per checkpoint, layers down; over a run also a trend per layer."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 100, emoji=False)
     for (unit, pooling), checkpoints in grouped(report).items():
         names = list(checkpoints)
         shown = names if len(names) <= MOST_TABLES else [names[0], names[-1]]
@@ -81,7 +81,8 @@ def print_table(report: Report) -> None:
             console.print(f"[dim]{len(names) - len(shown)} checkpoints between them are in the report[/]")
         if len(names) > 1:
             _print_trend(console, unit, pooling, list(checkpoints.values()))
-    console.print(f"[dim]report:[/] {report.path}", highlight=False, soft_wrap=True)
+    console.print("[dim]report:[/] ", end="")
+    console.print(str(report.path), markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(unit: str, pooling: str | None, rows: list[Row]) -> str:
@@ -106,9 +107,11 @@ def _table(*names: str) -> Table:
 
 
 def _print_checkpoint(console: Console, unit: str, pooling: str | None, rows: list[Row]) -> None:
+    from rich.markup import escape
+
     first = rows[0]
     loss = f", cross-entropy {first['cross_entropy']:.3f} nats" if first["cross_entropy"] is not None else ""
-    console.print(f"[bold]{first['checkpoint']}[/]  {_title(unit, pooling, rows)}{loss}", highlight=False)
+    console.print(f"[bold]{escape(first['checkpoint'])}[/]  {_title(unit, pooling, rows)}{loss}", highlight=False)
     table = _table("layer", "mbe (nats)", "95 % interval", "mbe/max", "", "centred", "row-norm.", "eff.rank", "cosine")
     for row in rows:
         share = row["mbe"] / row["mbe_max"] if row["mbe"] is not None and row["mbe_max"] else None
@@ -180,7 +183,7 @@ def plot(report: Report, path: Path) -> None:
         # no date and a fixed salt: the same report gives the same file
         matplotlib.rcParams["svg.hashsalt"] = "memdiag"
         figure.savefig(
-            partial, format=path.suffix[1:].lower(), metadata={"Date": None} if path.suffix == ".svg" else {}
+            partial, format=path.suffix[1:].lower(), metadata={"Date": None} if path.suffix.lower() == ".svg" else {}
         )
         os.replace(partial, path)
     except OSError as error:

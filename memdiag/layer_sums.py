@@ -128,6 +128,8 @@ def observe_layer(hidden: Tensor, mask: Tensor, options: EntropyOptions) -> Laye
         sums.patch.add(measures, of_example.cpu().numpy(), patches.shape[0] * patches.shape[1])
     if "sequence" in options.units:
         measures = _sequence_measures(hidden, lengths, options)
+        if not options.spectra:  # long sequences have them anyway: a mean of those alone would be another number
+            measures[:, [mbe.MEASURES.index(name) for name in ("rankme", "effective_rank")]] = math.nan
         sums.sequence.add(measures, np.arange(b), sums.n_tokens)
     if "dataset" in options.units:
         states = hidden.double().masked_fill(~mask[..., None], 0.0)

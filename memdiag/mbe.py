@@ -92,7 +92,7 @@ def split_patches(hidden: Tensor, mask: Tensor, patch_size: int) -> tuple[Tensor
     """
     n_patches = mask.sum(1) // patch_size  # (b,)
     most = mask.shape[1] // patch_size
-    whole = hidden[:, : most * patch_size].reshape(len(hidden), most, patch_size, -1)  # (b, k, patch_size, d)
+    whole = hidden[:, : most * patch_size].reshape(len(hidden), most, patch_size, hidden.shape[-1])  # (b, k, ..., d)
     keep = torch.arange(most, device=mask.device) < n_patches[:, None]  # (b, k)
     examples = torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(keep)
     if bool(keep.all()):  # spares a copy of the hidden states where every example is equally long
@@ -144,7 +144,8 @@ def unit_measures(z: Tensor, lengths: Tensor, *, alpha: float, spectra: bool) ->
     inverse = torch.where(norms > 0, norms.rsqrt(), 0.0)
     cosines = gram * inverse[:, :, None] * inverse[:, None, :]
     n_nonzero = (norms > 0).sum(1).double()
-    mean_cosine = (cosines.sum((-2, -1)) - n_nonzero) / (n_nonzero * (n_nonzero - 1))  # 0 / 0 = NaN
+    pairs = torch.where(n_nonzero > 1, n_nonzero * (n_nonzero - 1), math.nan)
+    mean_cosine = (cosines.sum((-2, -1)) - n_nonzero) / pairs
 
     count = lengths.double()[:, None]
     row_mean = gram.sum(-1) / count  # (u, n); of no rows: NaN
@@ -215,7 +216,11 @@ class Moments:
             self.add(rows)
         if other._sums is not None:
             self._fold()
-            self._sums = other._sums if self._sums is None else [a + b for a, b in zip(self._sums, other._sums)]
+            if self._sums is None:
+                self._sums = [part.copy() for part in other._sums]  # ours grow in place, so they are not shared
+            else:
+                for total, part in zip(self._sums, other._sums):
+                    total += part
             self.n += other.n - sum(len(rows) for rows in other._rows)
 
     def _fold(self) -> None:
@@ -264,6 +269,6 @@ class Moments:
         n, d = h.shape
         out = unit_measures(torch.from_numpy(h)[None], torch.tensor([n]), alpha=alpha, spectra=True)[0]
         spread = np.zeros(d)
-        if n > 1:
+        if n > 1 and not np.isnan(out[2]):  # equal vectors would have a spectrum of rounding
             spread[: min(n, d)] = np.linalg.svd(h - h.mean(0), compute_uv=False) ** 2 / n
         return out, spread if n > 1 else np.full(d, np.nan)

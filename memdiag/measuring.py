@@ -58,9 +58,12 @@ def watch(model: nn.Module, first: Batch, wanted: str | None) -> Watched:
     """
     layers, skipped = observe.layers_of(model, wanted)
     longest = int(first.mask.sum(1).argmax()) if first.mask is not None else 0
-    piece = observe.to_inputs(_rows(first, slice(longest, longest + 1)), model)
-    if piece.tokens is not None and piece.mask is not None:
-        piece = dataclasses.replace(piece, tokens=piece.tokens[:, :16], mask=piece.mask[:, :16])
+    one = observe.to_inputs(_rows(first, slice(longest, longest + 1)), model)
+
+    def twice(x: Tensor | None, most: int | None = None) -> Tensor | None:
+        return None if x is None else torch.cat([x, x])[:, :most]  # two rows tell examples from what they share
+
+    piece = observe.Inputs(twice(one.tokens, 16), twice(one.mask, 16), twice(one.features), None)
     kept, unusable = observe.usable(model, piece, layers)
     if not kept:
         why = "; ".join(f"{s.name}: {s.why}" for s in unusable[:3]) or "it has no modules"
@@ -176,7 +179,10 @@ def examples_of(
 def vocab_size(model: nn.Module) -> int | None:
     """Rows of the input embedding; None for a model without one."""
     getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
+    try:
+        embedding = getter() if callable(getter) else None
+    except NotImplementedError:  # how transformers says that a model of images has none
+        embedding = None
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 

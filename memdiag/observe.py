@@ -53,6 +53,12 @@ class Inputs:
     features: Tensor | None  # (b, ...)
     labels: Tensor | None  # (b,) int64
 
+    @property
+    def n_examples(self) -> int:
+        """b"""
+        data = self.tokens if self.tokens is not None else self.features
+        return 0 if data is None else len(data)
+
 
 def to_inputs(batch: Batch, model: nn.Module) -> Inputs:
     """The batch on the model's device and, for features, in its dtype.
@@ -178,7 +184,7 @@ def _layers_by_pattern(model: nn.Module, patterns: Sequence[str]) -> tuple[list[
     return chosen, skipped
 
 
-def as_tokens(module: nn.Module, output: Any, mask: Tensor | None) -> tuple[Tensor, Tensor] | str:
+def as_tokens(module: nn.Module, output: Any, mask: Tensor | None, n_examples: int) -> tuple[Tensor, Tensor] | str:
     """A module's output as (hidden (b, t, d), mask (b, t)), or the reason why it cannot be read so.
 
     (b, d) is one token an example; feature maps (b, d, height, width) have a token for every position.
@@ -193,6 +199,8 @@ def as_tokens(module: nn.Module, output: Any, mask: Tensor | None) -> tuple[Tens
         output = output[:, None]
     if output.ndim != 3:
         return f"its output has shape {tuple(output.shape)}, wanted (example, token, dimension)"
+    if len(output) != n_examples:  # e.g. position embeddings, which all examples share
+        return f"its output has {len(output)} rows for {n_examples} examples"
     if mask is not None and output.shape[1] == mask.shape[1]:
         return output, mask
     if mask is not None and output.shape[1] != 1:
@@ -244,7 +252,7 @@ def forward(model: nn.Module, inputs: Inputs, layers: Sequence[Layer], on_hidden
     """
 
     def take(position: int, value: Any) -> None:
-        states = as_tokens(layers[position].module, value, inputs.mask)
+        states = as_tokens(layers[position].module, value, inputs.mask, inputs.n_examples)
         if isinstance(states, str):
             raise InputError(f"layer {layers[position].name!r} cannot be measured: {states}; leave it out by --layers")
         on_hidden(position, *states)
@@ -265,7 +273,7 @@ def usable(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> tuple[l
         if isinstance(layers[position].module, nn.Identity | nn.Dropout):
             reasons[position] = "it passes its input on unchanged"
             return
-        states = as_tokens(layers[position].module, value, inputs.mask)
+        states = as_tokens(layers[position].module, value, inputs.mask, inputs.n_examples)
         reasons[position] = states if isinstance(states, str) else None
 
     try:
@@ -323,12 +331,15 @@ def cross_entropy_sum(logits: Tensor, inputs: Inputs) -> tuple[float, int]:
         for start in range(0, len(targets), step):
             at = where[start : start + step]
             z = logits[at[:, 0], at[:, 1]]
-            total += float(nn.functional.cross_entropy(z.float(), targets[start : start + step], reduction="sum"))
+            z = z if z.dtype == torch.float64 else z.float()
+            nll = nn.functional.cross_entropy(z, targets[start : start + step], reduction="none")
+            total += float(nll.double().sum())  # a float32 sum would move in its eighth digit with the batch size
         return total, len(targets)
     if inputs.labels is not None and logits.ndim == 2:
         n_classes = logits.shape[1]
-        if int(inputs.labels.max()) >= n_classes or int(inputs.labels.min()) < 0:
-            raise InputError(f"label {int(inputs.labels.max())} does not fit a model of {n_classes} classes")
+        wrong = inputs.labels[(inputs.labels < 0) | (inputs.labels >= n_classes)]
+        if len(wrong):
+            raise InputError(f"label {int(wrong[0])} does not fit a model of {n_classes} classes")
         return float(nn.functional.cross_entropy(logits.float(), inputs.labels, reduction="sum")), len(logits)
     return 0.0, 0
 

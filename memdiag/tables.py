@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -118,7 +119,8 @@ def write(path: Path, row: type, batches: Iterable[Rows], meta: Mapping[str, Any
         batches: each becomes one row group, written as it comes.
         meta: goes into the file's metadata as JSON under the key `memdiag`.
     Raises:
-        IncompleteError: the disk is full or the file cannot be written.
+        IncompleteError: the disk is full.
+        InputError: the place cannot be written to.
     """
     schema = _with_meta(schema_of(row), meta)
     with _replacing(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
@@ -139,14 +141,15 @@ def join(path: Path, row: type, parts: Iterable[Path], meta: Mapping[str, Any]) 
 
 
 def _with_meta(schema: pa.Schema, meta: Mapping[str, Any]) -> pa.Schema:
-    return schema.with_metadata({KEY: json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()})
+    text = json.dumps(meta, sort_keys=True, ensure_ascii=False)
+    return schema.with_metadata({KEY: text.encode(errors="backslashreplace")})  # a path need not be UTF-8
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place if the block succeeds and is removed if it does not."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
+    with _explaining(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -155,19 +158,29 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """An OSError of writing as an error that says what to do."""
+    try:
+        yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "the disk is full" if full else f"cannot write: {one_line(error.strerror or error)}"
-        todo = "free some space" if full else "choose another --out"
-        raise IncompleteError(f"{path}: {what}; {todo} and run the same command again to go on") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            todo = "free some space and run the same command again to go on"
+            raise IncompleteError(f"{path}: the disk is full; {todo}") from error
+        raise InputError(
+            f"{path} cannot be written ({one_line(error.strerror or error)}); choose another --out"
+        ) from error
 
 
-def read(path: Path) -> Report:
+def read(path: str | Path) -> Report:
     """Read a report.
 
     Raises:
         InputError: there is no such file, it is not Parquet, or not a report of memdiag.
     """
+    path = Path(path)
     meta = read_meta(path)
     try:
         table = pq.read_table(path)
@@ -201,15 +214,26 @@ def _meta_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
     return meta
 
 
-def check_place(path: Path, identity: Mapping[str, Any]) -> bool:
+def check_place(path: Path, identity: Callable[[], Mapping[str, Any]], *, force: bool) -> bool:
     """Whether a finished report with this identity already stands at `path`.
 
+    Args:
+        path: where a report shall go.
+        identity: asked for only if something stands there, because it takes time.
+        force: nothing that stands there matters.
     Raises:
-        InputError: something else stands there; the fields that differ are named.
+        InputError: something else stands there; the fields that differ are named. Or it is no place for a file.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give a file name to --out")
-    differing = _differing(read_meta(path).get("identity", {}), identity)
+    with _explaining(path):
+        if path.is_dir():
+            raise InputError(f"{path} is a directory; give a file name to --out")
+        if force or not path.exists():
+            return False
+    try:
+        found = read_meta(path).get("identity", {})
+    except InputError:
+        raise InputError(f"{path} is there and is no whole report of memdiag; --force or another --out") from None
+    differing = _differing(found, identity())
     if differing:
         raise InputError(f"{path} already holds another report (differs in {differing}); --force or another --out")
     return True
@@ -240,25 +264,52 @@ class Parts:
         """Open or make the directory.
 
         Raises:
-            InputError: it belongs to a run with other inputs or options and `force` is not given.
+            InputError: it belongs to a run with other inputs or options and `force` is not given, or another process
+                is at work on the same report.
+            IncompleteError: the disk is full.
         """
         self.out = out
         self.directory = out.with_name(f".{out.name}.parts")
+        self._lock = self._locked()
+        try:
+            self._begin(identity, force=force)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, identity: Mapping[str, Any], *, force: bool) -> None:
         file = self.directory / "identity.json"
-        if force:
-            shutil.rmtree(self.directory, ignore_errors=True)
         try:
             found = json.loads(file.read_text()) if file.exists() else None
         except (ValueError, OSError):
-            found = None  # killed while it was made: there is no part yet
+            found = None  # killed while it was made or removed: nobody knows what other parts belong to
+        if force or self._is_empty():
+            found = None  # nothing was finished, so nothing can be lost or mixed up
         if found is not None and (differing := _differing(found, json.loads(json.dumps(identity)))):
             raise InputError(
-                f"{out} was begun with other inputs (differs in {differing}); give --force to start afresh, "
+                f"{self.out} was begun with other inputs (differs in {differing}); give --force to start afresh, "
                 "or another --out"
             )
         if found is None:
+            for old in self.directory.glob("[!.]*"):
+                old.unlink()
             with _replacing(file) as partial:
                 partial.write_text(json.dumps(identity, sort_keys=True))
+
+    def _locked(self) -> IO[str]:
+        """A lock that ends with the process, however it ends."""
+        path = self.directory / ".lock"
+        with _explaining(self.out):
+            while True:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # another process has just finished and removed the directory
+                    lock = open(path, "w")  # noqa: SIM115 - held for as long as the parts are
+                    if not _lock_nowait(lock):
+                        lock.close()
+                        raise InputError(f"another process is writing {self.out}; wait for it, or choose another --out")
+                    if os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+                        return lock
+                    lock.close()
 
     def path(self, name: str) -> Path:
         """Where the part of this name is or will be."""
@@ -277,11 +328,35 @@ class Parts:
             raise InputError(f"{of} has changed since {self.out} was begun; give --force to start afresh")
         return True
 
-    def remove(self) -> None:
-        """Delete the parts: the report is whole, or nothing was finished."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+    def close(self) -> None:
+        """Let another process go on; the directory stays if a part in it was finished."""
+        if self._lock.closed:
+            return
+        if self._is_empty():
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.close()
 
-    def remove_if_empty(self) -> None:
-        """Delete the directory if no part of it was finished."""
-        if not any(self.directory.glob("*.parquet")):
-            self.remove()
+    def remove(self) -> None:
+        """Delete the parts: the report is whole."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.close()
+
+    def _is_empty(self) -> bool:
+        return not any(self.directory.glob("*.parquet"))
+
+
+def remove_leftovers(out: Path, identity: Mapping[str, Any]) -> None:
+    """Delete what a run has left behind that was killed when its report already stood at `out`."""
+    if out.with_name(f".{out.name}.parts").exists():
+        with suppress(InputError, IncompleteError):  # they belong to another run, which may still go on
+            Parts(out, identity, force=False).remove()
+
+
+def _lock_nowait(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True

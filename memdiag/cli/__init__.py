@@ -6,11 +6,14 @@ Exit codes: 0 done; 1 a check failed; 2 the input is at fault; 3 incomplete, run
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -58,12 +61,37 @@ def run(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point: everything that can go wrong becomes one line on stderr and the documented exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no partial file stays behind
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _open_stdout()
     try:
-        sys.exit(typer.main.get_command(app)(args=args, standalone_mode=False) or 0)
+        code = typer.main.get_command(app)(args=args or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        _flush_stdout()
+    except SystemExit as error:
+        code = 0 if error.code == 1 else error.code  # 1 is how typer and rich end when nobody reads stdout (`| head`)
+    except BrokenPipeError:
+        code = 0
     except Exception as error:
-        sys.exit(_report(error))
+        code = _report(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    sys.exit(code)
+
+
+def _open_stdout() -> None:
+    """A closed stdout swallows what is printed; one that lacks letters shows "?" instead of failing."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 goes out as it came in
+        sys.stdout.reconfigure(errors="surrogateescape" if "utf" in sys.stdout.encoding.lower() else "replace")
+
+
+def _flush_stdout() -> None:
+    """Errors of writing show here, where they can still be told, and not again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _report(error: Exception) -> int:
@@ -74,6 +102,8 @@ def _report(error: Exception) -> int:
         return _say(str(error), 2)
     if isinstance(error, IncompleteError):
         return _say(str(error), 3)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _say(f"the disk is full ({one_line(error)}); free some space and run the same command again", 3)
     if hasattr(error, "format_message"):  # typer's own: an option or argument is wrong
         return _say(one_line(error.format_message()), 2)
     if isinstance(error, typer.Abort):

@@ -20,7 +20,12 @@ def begin(*, online: bool, quiet: bool) -> None:
     log = logging.getLogger("memdiag")
     log.handlers = [logging.StreamHandler(sys.stderr)]
     log.handlers[0].setFormatter(logging.Formatter("memdiag: %(message)s"))
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.setLevel(logging.WARNING if quiet or not is_first() else logging.INFO)
+
+
+def is_first() -> bool:
+    """Whether this process is the only one, or the one of those under torchrun that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def entropy(
@@ -94,7 +99,7 @@ def entropy(
         return
     if plot is not None:
         entropy_view.check_plot(plot)
-    with Progress(show=not quiet) as progress:
+    with Progress(show=not quiet and is_first()) as progress:
         report = entropy_report.measure(checkpoint, settings, out=out, force=force, progress=progress)
     if report.path is None:  # another rank writes and shows it
         return

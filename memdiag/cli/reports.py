@@ -59,7 +59,9 @@ def print_schema(columns: list[dict[str, Any]], meta: dict[str, Any] | None) -> 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("column", "type", "unit", "null?", "meaning", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("column", "type", "unit", "null?", "meaning"):
+        table.add_column(heading, no_wrap=heading != "meaning", overflow="fold")
     for c in columns:
         table.add_row(c["name"], c["type"], c["unit"], "yes" if c["nullable"] else "", c["doc"])
     console = Console()
@@ -67,7 +69,9 @@ def print_schema(columns: list[dict[str, Any]], meta: dict[str, Any] | None) -> 
     for key, value in (meta or {}).items():
         if key != "identity":
             console.print(f"[bold]{key}[/]: ", end="")
-            console.print(value if isinstance(value, str) else json.dumps(value), markup=False, highlight=False)
+            console.print(
+                value if isinstance(value, str) else json.dumps(value), markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def rerun(
@@ -85,7 +89,7 @@ def rerun(
     Example: memdiag rerun entropy.parquet
     """
     from memdiag import tables
-    from memdiag.cli.measure import begin
+    from memdiag.cli.measure import begin, is_first
     from memdiag.entropy_report import options_of
 
     begin(online=online, quiet=quiet)
@@ -95,8 +99,10 @@ def rerun(
     from memdiag import entropy_report
     from memdiag.progress import Progress
 
-    with Progress(show=not quiet) as progress:
+    with Progress(show=not quiet and is_first()) as progress:
         new = entropy_report.measure(checkpoint, settings, out=out, force=force, progress=progress)
+    if new.path is None:  # another rank writes and shows it
+        return
     differing = tables.differing(old, new)
     if as_json:
         print(json.dumps({"report": str(out), "same": not differing, "differing": differing}))

@@ -1,0 +1,61 @@
+"""The tokenizer that goes with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memdiag.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
+         "sentencepiece.bpe.model", "tiktoken.model")  # fmt: skip
+
+
+def open_tokenizer(checkpoint: Path, step: int | None, given: str | None) -> PreTrainedTokenizerBase | None:
+    """See Checkpoint.tokenizer."""
+    if given is not None:
+        directory = Path(given)
+        if not _has_tokenizer(directory):
+            raise InputError(f"{directory}: no tokenizer there (wanted one of {', '.join(FILES[:4])})")
+        return _load(directory)
+    own = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    # A run saves its tokenizer once, beside the checkpoints.
+    places = [own, Path(os.path.abspath(own)).parent] if step is not None and checkpoint.is_dir() else [own]
+    return next((_load(place) for place in places if _has_tokenizer(place)), None)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in FILES)
+
+
+def _load(directory: Path) -> PreTrainedTokenizerBase:
+    from memdiag.checkpoint.guard import quiet, refusing
+
+    with quiet(), refusing(f"{directory}: its tokenizer cannot be read"):
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        len(tokenizer)  # a damaged vocabulary shows here, not in the middle of a data set
+        tokenizer("a b")
+    return tokenizer
+
+
+def pad_id(model: Any, tokenizer: Any = None) -> int:
+    """The token to pad with: the tokenizer's, else the config's, else 0; always inside the vocabulary.
+
+    Args:
+        model: a model with a `config`, the config itself (an object or a dict), or None for a model without one.
+    """
+    config = getattr(model, "config", model)
+    known = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    vocab_size = known.get("vocab_size")
+    for found in (getattr(tokenizer, "pad_token_id", None), known.get("pad_token_id")):
+        if type(found) is int and found >= 0 and (type(vocab_size) is not int or found < vocab_size):
+            return found
+    return 0

@@ -1,0 +1,89 @@
+"""A multilayer perceptron. Axes: b example, i input feature, k output (a logit per class)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_LAYERS = 1000  # far above any real MLP; a damaged config must not build millions of modules
+
+
+class Square(nn.Module):
+    """x², the activation under which a two-layer network learns modular arithmetic (Gromov 2023, arXiv:2301.02679)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "square": Square,
+    "tanh": nn.Tanh,
+}
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """Settings of an MLP; the field names are the keys of its config.json."""
+
+    widths: tuple[int, ...]  # input features, hidden layers, outputs
+    activation: str = "relu"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.widths) <= MAX_LAYERS:
+            raise ValueError(f"widths must be 2 to {MAX_LAYERS} numbers (inputs ... outputs), got {len(self.widths)}")
+        if not all(type(width) is int and 0 < width < 2**31 for width in self.widths):
+            raise ValueError(f"widths must be whole numbers > 0, got {str(list(self.widths))[:80]}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {str(self.activation)[:40]!r}")
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias must be true or false, got {str(self.bias)[:40]!r}")
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> MlpConfig:
+        """The settings found in a parsed config.json. Raises ValueError where they make no MLP."""
+        widths, activation = config.get("widths"), config.get("activation", "relu")
+        if not isinstance(widths, list) or not isinstance(activation, str):
+            raise ValueError("its config must hold widths (a list of numbers) and activation (a name)")
+        return cls(tuple(widths), activation, config.get("bias", True))
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json holds, but for the task and the dtype."""
+        return {
+            "model_type": "memdiag-mlp",
+            "widths": list(self.widths),
+            "activation": self.activation,
+            "bias": self.bias,
+        }
+
+
+class MLP(nn.Module):
+    """Linear layers with one activation between each two: linear_1, act_1, linear_2, ... linear_L.
+
+    The activation is a module of its own, so that a hook on `act_l` sees the neurons of hidden layer l.
+    """
+
+    def __init__(self, config: MlpConfig) -> None:
+        super().__init__()
+        self.config = config
+        n_layers = len(config.widths) - 1
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for layer, (n_in, n_out) in enumerate(pairwise(config.widths), start=1):
+            layers[f"linear_{layer}"] = nn.Linear(n_in, n_out, bias=config.bias)
+            if layer < n_layers:
+                layers[f"act_{layer}"] = ACTIVATIONS[config.activation]()
+        self.layers = nn.Sequential(layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (b, k) of features (b, ...), whose trailing axes are flattened to (b, i)."""
+        out: Tensor = self.layers(torch.flatten(features, start_dim=1))
+        return out
