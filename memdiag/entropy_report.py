@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ class EntropyOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.batch_size != "auto" and not (self.batch_size.isdigit() and int(self.batch_size) > 0):
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise InputError(f"--batch-size must be auto or a number of examples above 0, got {self.batch_size!r}")
 
     @property
@@ -243,11 +244,11 @@ def _default_data(checkpoint: Checkpoint) -> str:
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
-    """ "text=body,id=uid" as {"text": "body", "id": "uid"}."""
+    """ "text=body,id=uid" as {"text": "body", "id": "uid"}; "id=" switches a role off."""
     if text is None:
         return None
     pairs = [part.partition("=") for part in text.split(",")]
-    if any(not sign or not role.strip() or not name.strip() for role, sign, name in pairs):
+    if any(not sign or not role.strip() for role, sign, _ in pairs):
         raise InputError(f"--columns {text!r} is not of the form text=body,label=y")
     return {role.strip(): name.strip() for role, _, name in pairs}
 
@@ -279,7 +280,9 @@ def entropy(
     for name in options:
         if name not in known:
             raise unknown("option", name, known)
-    settings = EntropyOptions(**options)
+    if "batch_size" in options:
+        options["batch_size"] = str(options["batch_size"])
+    settings = EntropyOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
     if out is not None:
         return measure(checkpoint, settings, out=Path(out), force=force, progress=progress)
     with tempfile.TemporaryDirectory() as directory:
@@ -315,11 +318,11 @@ def options_of(report: tables.Report) -> tuple[str, EntropyOptions]:
     Raises:
         InputError: it is the report of another command, or of a version with other options.
     """
-    recorded = dict(report.meta.get("options", {}))
+    recorded = dict(report.meta.get("options") or {})
     checkpoint = recorded.pop("checkpoint", None)
     if report.meta.get("report") != EntropyRow.report or not isinstance(checkpoint, str):
         raise InputError(f"a report {report.meta.get('report')!r} cannot be run again; give one of memdiag entropy")
     try:
         return checkpoint, EntropyOptions(**recorded)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise InputError(f"made by memdiag {report.meta.get('memdiag_version')} with other options: {error}") from None

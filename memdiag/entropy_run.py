@@ -248,11 +248,7 @@ def plan(inputs: Inputs) -> dict[str, object]:
     began = time.perf_counter()
     sums = observe_batch(watched, first, options)
     per_example = (time.perf_counter() - began) / sums.n_examples
-    rows = (
-        len(watched.layers)
-        * len(inputs.checkpoints)
-        * (4 if options.unit == "all" else 2 if options.unit == "dataset" else 1)
-    )
+    rows = len(inputs.checkpoints) * len(list(rows_of(sums, watched.layers_seen().taken, checkpoint, options)))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     folded = sum(2 * 2 * 8 * layer.n_dims**2 for layer in sums.layers) if "dataset" in options.units else 0
     tokens = first.input_ids.size if first.input_ids is not None else len(first.example_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +190,8 @@ def plot(report: Report, path: Path) -> None:
     except OSError as error:
         raise IncompleteError(f"{path} could not be written: {one_line(error)}; the report itself is done") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _floats(values: list[float | None]) -> list[float]:

@@ -326,7 +326,7 @@ def cross_entropy_sum(logits: Tensor, inputs: Inputs) -> tuple[float, int]:
         keep = inputs.mask[:, 1:]
         targets = inputs.tokens[:, 1:][keep]
         where = keep.nonzero()  # (k, 2): row and position of the logits that predict the targets
-        step = max(64, 2**22 // logits.shape[-1])
+        step = max(16, 2**20 // logits.shape[-1])
         total = 0.0
         for start in range(0, len(targets), step):
             at = where[start : start + step]

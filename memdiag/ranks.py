@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -18,6 +19,7 @@ def start() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         dist.init_process_group("gloo")  # what is exchanged are sums in host memory, whatever the device
+        atexit.register(dist.destroy_process_group)  # its threads, still running at exit, abort the process at times
     return dist.get_rank(), size
 
 

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,7 +123,7 @@ def write(path: Path, row: type, batches: Iterable[Rows], meta: Mapping[str, Any
         InputError: the place cannot be written to.
     """
     schema = _with_meta(schema_of(row), meta)
-    with _replacing(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with _replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in batches:
             batch = to_batch(row, rows)
             if batch.num_rows:
@@ -133,11 +133,11 @@ def write(path: Path, row: type, batches: Iterable[Rows], meta: Mapping[str, Any
 def join(path: Path, row: type, parts: Iterable[Path], meta: Mapping[str, Any]) -> None:
     """One report out of parts with the same columns, row group by row group, in the order given."""
     schema = _with_meta(schema_of(row), meta)
-    with _replacing(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with _replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts:
-            with pq.ParquetFile(part) as file:
-                for i in range(file.num_row_groups):
-                    writer.write_table(file.read_row_group(i).cast(schema).replace_schema_metadata(schema.metadata))
+            with open(part, "rb") as source, pq.ParquetFile(source) as piece:
+                for i in range(piece.num_row_groups):
+                    writer.write_table(piece.read_row_group(i).cast(schema).replace_schema_metadata(schema.metadata))
 
 
 def _with_meta(schema: pa.Schema, meta: Mapping[str, Any]) -> pa.Schema:
@@ -146,14 +146,16 @@ def _with_meta(schema: pa.Schema, meta: Mapping[str, Any]) -> pa.Schema:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place if the block succeeds and is removed if it does not."""
+    # Files are opened here and not by pyarrow, to which a path may be the address of something else.
     partial = path.with_name(f".{path.name}.partial")
     with _explaining(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            with open(partial, "rb+") as file:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
                 os.fsync(file.fileno())  # a power cut must not leave an empty file under the final name
             os.replace(partial, path)
         finally:
@@ -183,7 +185,8 @@ def read(path: str | Path) -> Report:
     path = Path(path)
     meta = read_meta(path)
     try:
-        table = pq.read_table(path)
+        with open(path, "rb") as file:
+            table = pq.read_table(file)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {one_line(error, 120)}; make it again") from None
     return Report(table, meta, path)
@@ -199,7 +202,8 @@ def read_schema(path: Path) -> pa.Schema:
     if not path.exists():
         raise InputError(f"no such report: {path}")
     try:
-        return pq.read_schema(path)
+        with open(path, "rb") as file:
+            return pq.read_schema(file)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is not a Parquet file ({one_line(error, 120)}); give a report of memdiag") from None
 
@@ -293,8 +297,8 @@ class Parts:
         if found is None:
             for old in self.directory.glob("[!.]*"):
                 old.unlink()
-            with _replacing(file) as partial:
-                partial.write_text(json.dumps(identity, sort_keys=True))
+            with _replacing(file) as opened:
+                opened.write(json.dumps(identity, sort_keys=True).encode())
 
     def _locked(self) -> IO[str]:
         """A lock that ends with the process, however it ends."""

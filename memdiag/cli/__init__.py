@@ -61,7 +61,7 @@ def run(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point: everything that can go wrong becomes one line on stderr and the documented exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no partial file stays behind
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _open_stdout()
+    _open_streams()
     try:
         code = typer.main.get_command(app)(args=args or sys.argv[1:] or ["--help"], standalone_mode=False) or 0
         _flush_stdout()
@@ -76,10 +76,10 @@ def run(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _open_stdout() -> None:
-    """A closed stdout swallows what is printed; one that lacks letters shows "?" instead of failing."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the end
+def _open_streams() -> None:
+    """A closed stream swallows what is printed; a stdout that lacks letters shows "?" instead of failing."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - open until the end
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 goes out as it came in
         sys.stdout.reconfigure(errors="surrogateescape" if "utf" in sys.stdout.encoding.lower() else "replace")
 
@@ -104,6 +104,8 @@ def _report(error: Exception) -> int:
         return _say(str(error), 3)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _say(f"the disk is full ({one_line(error)}); free some space and run the same command again", 3)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _say(f"{one_line(os.fsdecode(error.filename))}: {error.strerror}; give another path", 2)
     if hasattr(error, "format_message"):  # typer's own: an option or argument is wrong
         return _say(one_line(error.format_message()), 2)
     if isinstance(error, typer.Abort):

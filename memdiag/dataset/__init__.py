@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +191,18 @@ class Dataset:
     def _tokenised(
         self, rows: Iterator[tuple[int, dict[str, Any]]], tokenizer: Any, max_length: int | None, vocab_size: int | None
     ) -> Iterator[Example]:
+        empty, some = self._token_ids([(0, {"text": ""}), (0, {"text": "a"})], tokenizer)
+        n_before = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(empty, some)))
+        end = empty[n_before:]  # the special tokens that close every text, e.g. [SEP]
         for group in _by_size(self._texts(rows)):
             for (row, found), ids in zip(group, self._token_ids(group, tokenizer), strict=True):
-                if not len(ids):
+                if len(ids) <= len(empty):
                     raise self._fault(row, "text", f"{cells.found(found['text'])} gives no token; drop the row")
-                yield self._example(row, {**found, "input_ids": ids}, max_length, vocab_size)
+                example = self._example(row, {**found, "input_ids": ids}, max_length, vocab_size)
+                if example.truncated and example.input_ids is not None and len(example.input_ids) > len(empty):
+                    # cut like the tokenizer does it: an encoder has never seen a text that does not end
+                    example.input_ids[len(example.input_ids) - len(end) :] = end
+                yield example
 
     def _texts(self, rows: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
         for row, found in rows:

@@ -1,0 +1,173 @@
+"""Which module may import which, what only one file may do, and what none may."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memdiag
+
+ROOT = Path(memdiag.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
+
+# A module imports from lower ones only. A new module needs a line here.
+LAYER = {
+    "errors": 0, "progress": 0, "ranks": 0, "spectrum": 0,
+    "__init__": 1, "tables": 1, "tasks": 1, "models": 1, "device": 1, "mbe": 1,
+    "checkpoint": 2, "dataset": 2,
+    "observe": 3,
+    "alignment": 4, "entropy_report": 4, "entropy_view": 4,
+    "layer_sums": 5,
+    "measuring": 6,
+    "entropy_run": 7,
+    "cli": 8,
+    "__main__": 9,
+}  # fmt: skip
+# A report is declared below what fills it, so that reading about it needs no torch: the way up is taken when called.
+LAZILY_UPWARDS = {("entropy_report", "entropy_run")}
+WITHOUT_TORCH = [
+    "memdiag", "memdiag.errors", "memdiag.tables", "memdiag.progress", "memdiag.dataset", "memdiag.tasks",
+    "memdiag.spectrum", "memdiag.entropy_report", "memdiag.entropy_view", "memdiag.cli", "memdiag.checkpoint.steps",
+]  # fmt: skip
+
+
+def module_of(file):
+    """ "memdiag/checkpoint/guard.py" as "memdiag.checkpoint.guard"."""
+    parts = file.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def part(module):
+    """The name in LAYER: "checkpoint" for "memdiag.checkpoint.guard"."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return "__init__"
+    return parts[1]
+
+
+def imports(tree):
+    """(imported module, when) of every import of memdiag; when is "start", "typing" or "call"."""
+    found = []
+
+    def visit(node, when):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            when = "call"
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            when = "typing"
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, when) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.append((inner if inner in MODULES else node.module, when))
+        for child in ast.iter_child_nodes(node):
+            visit(child, when)
+
+    visit(tree, "start")
+    return [(name, when) for name, when in found if name.split(".")[0] == "memdiag"]
+
+
+def test_every_module_has_its_layer():
+    assert {part(module) for module in MODULES} == set(LAYER)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_upwards(module):
+    mine = part(module)
+    for target, when in imports(TREES[MODULES[module]]):
+        theirs = part(target)
+        if when == "typing" or theirs == mine or (when == "call" and (mine, theirs) in LAZILY_UPWARDS):
+            continue
+        assert LAYER[theirs] < LAYER[mine], f"{module} imports {target}"
+
+
+def test_no_circle_of_imports_within_a_folder():
+    graph = {
+        module: {target for target, when in imports(TREES[file]) if when == "start" and target != module}
+        for module, file in MODULES.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_a_file_is_named_after_its_noun():
+    names = {name for file in FILES for name in file.relative_to(ROOT).with_suffix("").parts}
+    assert not names & {"utils", "util", "common", "helpers", "helper", "misc", "base", "core"}
+
+
+def calls(tree):
+    """The last name of everything called: "f" for f(...), a.f(...) and a.b.f(...), with its call."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield getattr(node.func, "attr", getattr(node.func, "id", "")), node
+
+
+def callers(*names):
+    """The parts of memdiag that call any of these names."""
+    return {part(module_of(file)) for file, tree in TREES.items() for name, _ in calls(tree) if name in names}
+
+
+def test_only_one_place_does_each_of_these():
+    assert callers("ParquetWriter", "write_table", "to_parquet", "write_dataset") == {"tables"}
+    hooks = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_hook")
+    assert callers(*hooks) == {"observe"}
+    assert callers("safe_open", "from_pretrained", "from_config") <= {"checkpoint", "dataset"}
+
+
+def test_nothing_from_a_file_is_ever_run():
+    for file, tree in TREES.items():
+        for name, call in calls(tree):
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert said.get("trust_remote_code", "False") == "False", file
+            assert said.get("allow_pickle", "False") == "False", file
+            assert said.get("weights_only", "True") == "True", file
+            whole = ast.unparse(call.func)
+            assert name not in ("exec", "execfile", "__import__", "Unpickler"), (file, whole)
+            assert whole not in ("eval", "os.system", "os.popen"), (file, whole)
+            assert whole.split(".")[0] not in ("pickle", "marshal", "dill", "joblib", "cloudpickle"), (file, whole)
+            if whole == "torch.load":
+                assert said.get("weights_only") == "True", file
+            if whole == "np.load":
+                assert said.get("allow_pickle") == "False", file
+            if name in ("from_pretrained", "from_config"):
+                assert said.get("trust_remote_code") == "False", (file, whole)
+
+
+def test_no_global_seed_is_set():
+    for file, tree in TREES.items():
+        for name, call in calls(tree):
+            owner = ast.unparse(call.func)
+            assert owner not in ("torch.manual_seed", "np.random.seed", "random.seed"), file
+            assert name not in ("seed_everything", "set_seed"), file
+
+
+def test_what_must_start_quickly_does_not_import_torch():
+    check = (
+        "import importlib, sys\n"
+        f"for name in {WITHOUT_TORCH!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    slow = {'torch', 'transformers', 'pandas', 'matplotlib', 'scipy', 'sklearn'} & set(sys.modules)\n"
+        "    assert not slow, f'{name} imports {slow}'\n"
+        "    if name == 'memdiag':\n"
+        "        assert 'pyarrow' not in sys.modules and 'typer' not in sys.modules\n"
+        "import memdiag\n"
+        "memdiag.entropy, memdiag.Report, memdiag.read, memdiag.InputError\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_api_names_what_it_lacks():
+    with pytest.raises(AttributeError, match="has no attribute 'entropie'"):
+        memdiag.entropie  # noqa: B018
+    assert set(memdiag.__all__) <= {*dir(memdiag), "Report", "entropy", "read"}
