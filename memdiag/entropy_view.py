@@ -88,8 +88,10 @@ def print_table(report: Report) -> None:
 
 def _title(unit: str, pooling: str | None, rows: list[Row]) -> str:
     first = rows[0]
-    of = {"patch": f"patches of {first['patch_size']} tokens", "sequence": "whole sequences"}
-    what = of.get(unit, f"one vector an example ({pooling} token)" if pooling == "last" else "mean-pooled examples")
+    pooled = "one vector an example"
+    if first["n_tokens"] + first["n_tokens_dropped"] > first["n_examples"]:
+        pooled += ", its last token" if pooling == "last" else ", the mean of its tokens"
+    what = {"patch": f"patches of {first['patch_size']} tokens", "sequence": "whole sequences"}.get(unit, pooled)
     return f"MBE of {what}, α = {first['alpha']:g}"
 
 
@@ -227,7 +229,8 @@ def _draw_lines(axis: Any, rows: list[list[Row]], title: str) -> None:
         axis.axhline(ceiling, color="0.6", linestyle="--", linewidth=0.8)
         axis.annotate("maximum", (0, ceiling), (0, -3), textcoords="offset points", va="top", fontsize=7, color="0.4")
     axis.set_ylim(bottom=0)
-    axis.set_ylabel("MBE (nats), with 95 % interval")
+    has_interval = any(row["mbe_lo"] is not None for series in by_layer for row in series)
+    axis.set_ylabel("MBE (nats), with 95 % interval" if has_interval else "MBE (nats)")
     axis.set_title(title, fontsize=10, loc="left")
     if len(by_layer) <= 13:
         axis.legend(fontsize=7, frameon=False, ncols=2)

@@ -56,6 +56,11 @@ def watch(model: nn.Module, first: Batch, wanted: str | None) -> Watched:
     Raises:
         InputError: no layer is usable, or the model cannot run on this kind of data.
     """
+    reads = getattr(model, "main_input_name", None)
+    if first.input_ids is None and reads == "input_ids":
+        raise InputError("the model reads tokens, but the dataset holds features; give one with text or input_ids")
+    if first.input_ids is not None and reads not in (None, "input_ids"):
+        raise InputError(f"the model reads {reads}, but the dataset holds text; give one with a features column")
     layers, skipped = observe.layers_of(model, wanted)
     longest = int(first.mask.sum(1).argmax()) if first.mask is not None else 0
     one = observe.to_inputs(_rows(first, slice(longest, longest + 1)), model)

@@ -253,9 +253,10 @@ def differing(a: Report, b: Report) -> list[str]:
 def _differing(a: Any, b: Any, prefix: str = "") -> str:
     if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
         return prefix.rstrip(".") or "everything"
-    return ", ".join(
-        _differing(a.get(key), b.get(key), f"{prefix}{key}.") for key in sorted({*a, *b}) if a.get(key) != b.get(key)
-    )
+    keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    if prefix and len(keys) > 3:  # a run of other checkpoints: their names would say no more
+        return prefix.rstrip(".")
+    return ", ".join(_differing(a.get(key), b.get(key), f"{prefix}{key}.") for key in keys)
 
 
 class Parts:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -574,6 +575,7 @@ def test_features_count_a_token_per_vector(shape, b):
 PEAK = """
 import re, resource, sys
 from pathlib import Path
+from typing import Any
 from memdiag.dataset import batches, open_dataset
 n = sum(len(b.rows) for b in batches(open_dataset(sys.argv[1]).examples(), tokens_per_batch=8192))
 status = Path("/proc/self/status")  # where there is one: ru_maxrss begins at the peak of the parent
@@ -658,5 +660,5 @@ def test_a_truncated_text_still_ends_with_its_special_tokens(tmp_path: Path) -> 
 
 def test_special_tokens_alone_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "  "}\n')
-    with pytest.raises(InputError, match="row 1: .*gives no token"):
+    with pytest.raises(InputError, match=r"row 1: .*gives no token"):
         list(open_dataset(tmp_path / "t.jsonl").examples(tokenizer=closing_tokenizer()))

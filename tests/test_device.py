@@ -26,7 +26,7 @@ def test_a_device_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:9999", "", "cpu:cpu", "xpu:4", "metal ✨"])
 def test_a_device_that_is_not_there_is_one_line(name: str) -> None:
-    with pytest.raises(InputError, match="cannot be used.*--device cpu") as caught:
+    with pytest.raises(InputError, match=r"cannot be used.*--device cpu") as caught:
         device.resolve(name)
     assert "\n" not in str(caught.value)
 

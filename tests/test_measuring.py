@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,14 +286,11 @@ def test_vocab_size(load: Callable[[str], nn.Module]) -> None:
 def stream(
     fixtures: Path, load: Callable[[str], nn.Module], rank: int = 0, world: int = 1, **options: Any
 ) -> list[Batch]:
-    def batches_of() -> Iterator[Batch]:
-        settings = EntropyOptions(unit="all", **options)
-        dataset = open_dataset(fixtures / "texts.jsonl", limit=settings.limit)
-        checkpoint = open_checkpoints(fixtures / "tiny-gpt2")[0]
-        inputs = Inputs([checkpoint], dataset, settings)
-        return measuring.stream_of(inputs, checkpoint, load("tiny-gpt2"), torch.device("cpu"), rank, world)
-
-    return list(batches_of())
+    settings = EntropyOptions(unit="all", **options)
+    dataset = open_dataset(fixtures / "texts.jsonl", limit=settings.limit)
+    checkpoint = open_checkpoints(fixtures / "tiny-gpt2")[0]
+    inputs = Inputs([checkpoint], dataset, settings)
+    return list(measuring.stream_of(inputs, checkpoint, load("tiny-gpt2"), torch.device("cpu"), rank, world))
 
 
 def test_ranks_share_the_examples_between_them(fixtures: Path, load: Callable[[str], nn.Module]) -> None:

@@ -20,11 +20,12 @@ import numpy as np
 from memdiag import ranks
 
 rank, size = ranks.start()
+gathered = ranks.gather({"rank": rank, "array": np.full(2, rank)})
 found = {
     "rank": rank,
     "size": size,
     "again": ranks.start(),
-    "gathered": [(value["rank"], value["array"].tolist()) for value in ranks.gather({"rank": rank, "array": np.full(2, rank)})],
+    "gathered": [(value["rank"], value["array"].tolist()) for value in gathered],
     "broadcast": ranks.broadcast(f"from {rank}"),
     "none": ranks.broadcast(None),
 }

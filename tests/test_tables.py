@@ -161,7 +161,7 @@ def test_a_writer_stopped_midway_leaves_the_old_file_and_nothing_else(tmp_path, 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises((InputError, IncompleteError), match=r"w\.parquet: cannot write: Not a directory") as caught:
+    with pytest.raises(InputError, match=r"w\.parquet cannot be written \(Not a directory\)") as caught:
         written(tmp_path / "file" / "w.parquet", [row()])
     assert "--out" in says(caught)
 
@@ -248,9 +248,26 @@ def test_a_report_with_a_damaged_middle_is_refused_or_whole(tmp_path):
 IDENTITY = {"options": {"alpha": 2.0, "limit": None}, "dataset": "d1", "checkpoints": {"a": {"weights": "w"}}}
 
 
+def standing(path, identity=IDENTITY):
+    return written(path, [row()], meta={"report": "weather", "identity": identity})
+
+
+def check(path, identity=IDENTITY, *, force=False):
+    return tables.check_place(path, lambda: identity, force=force)
+
+
 def test_the_same_identity_is_recognised(tmp_path):
-    path = written(tmp_path / "w.parquet", [row()], meta={"report": "weather", "identity": IDENTITY})
-    assert tables.check_place(path, json.loads(json.dumps(IDENTITY)))
+    path = standing(tmp_path / "w.parquet")
+    assert check(path, json.loads(json.dumps(IDENTITY))) is True
+    assert check(tmp_path / "other.parquet") is False
+
+
+def test_an_identity_that_takes_time_is_asked_for_only_if_it_matters(tmp_path):
+    def expensive():
+        raise AssertionError
+
+    assert tables.check_place(tmp_path / "w.parquet", expensive, force=False) is False
+    assert tables.check_place(standing(tmp_path / "w.parquet"), expensive, force=True) is False
 
 
 @pytest.mark.parametrize(
@@ -265,19 +282,24 @@ def test_the_same_identity_is_recognised(tmp_path):
     ],
 )
 def test_another_report_in_the_way_is_refused_with_what_differs(tmp_path, change, named):
-    path = written(tmp_path / "w.parquet", [row()], meta={"report": "weather", "identity": IDENTITY})
+    path = standing(tmp_path / "w.parquet")
     with pytest.raises(InputError) as caught:
-        tables.check_place(path, IDENTITY | change)
+        check(path, IDENTITY | change)
     assert f"(differs in {named})" in says(caught)
     assert "--force" in says(caught)
 
 
 def test_anything_else_in_the_way_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is a directory; give a file name to --out"):
-        tables.check_place(tmp_path, IDENTITY)
+    for force in (False, True):
+        with pytest.raises(InputError, match="is a directory; give a file name to --out"):
+            check(tmp_path, force=force)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="--force or another --out") as caught:
-        tables.check_place(tmp_path / "notes.txt", IDENTITY)
+        check(tmp_path / "notes.txt")
+    says(caught)
+    assert check(tmp_path / "notes.txt", force=True) is False
+    with pytest.raises(InputError, match="cannot be written \\(File name too long") as caught:
+        check(tmp_path / ("x" * 300))
     says(caught)
 
 
@@ -297,64 +319,114 @@ def part(parts, name, identity):
     tables.write(parts.path(name), Row, [[row()]], {"report": "weather", "part": identity})
 
 
-def test_parts_go_on_where_they_were(tmp_path):
-    out = tmp_path / "w.parquet"
-    parts = Parts(out, SHARED, force=False)
+@pytest.fixture
+def begin(tmp_path):
+    """Parts of tmp_path/w.parquet, as the next process would open them: the one before has let go."""
+    held = []
+
+    def begin(identity=SHARED, *, force=False):
+        for parts in held:
+            parts._lock.close()  # as a killed process does it
+        held.append(Parts(tmp_path / "w.parquet", identity, force=force))
+        return held[-1]
+
+    yield begin
+    for parts in held:
+        parts.close()
+
+
+OTHER = {"report": "weather", "options": {"alpha": 1.0}}
+
+
+def test_parts_go_on_where_they_were(tmp_path, begin):
+    parts = begin()
     assert not parts.has("00000", "checkpoint-0", {"weights": "w"})
     part(parts, "00000", {"weights": "w"})
-    again = Parts(out, SHARED, force=False)
+    again = begin()
     assert again.has("00000", "checkpoint-0", {"weights": "w"})
     assert not again.has("00001", "checkpoint-50", {"weights": "v"})
     again.remove()
     assert os.listdir(tmp_path) == []
 
 
-def test_parts_of_another_run_are_refused_with_what_differs(tmp_path):
-    out = tmp_path / "w.parquet"
-    part(Parts(out, SHARED, force=False), "00000", {})
-    with pytest.raises(InputError, match=r"begun with other inputs \(differs in options\.alpha\).*--force") as caught:
-        Parts(out, {"report": "weather", "options": {"alpha": 1.0}}, force=False)
-    says(caught)
+def test_parts_of_another_run_are_refused_with_what_differs(begin):
+    part(begin(), "00000", {})
+    for _ in range(2):  # a refusal lets go of them, too
+        with pytest.raises(
+            InputError, match=r"begun with other inputs \(differs in options\.alpha\).*--force"
+        ) as caught:
+            begin(OTHER)
+        says(caught)
+    assert begin().has("00000", "checkpoint-0", {})
 
 
-def test_force_starts_afresh(tmp_path):
-    out = tmp_path / "w.parquet"
-    part(Parts(out, SHARED, force=False), "00000", {})
-    other = {"report": "weather", "options": {"alpha": 1.0}}
-    parts = Parts(out, other, force=True)
-    assert not parts.has("00000", "checkpoint-0", {})
-    assert Parts(out, other, force=False)
+def test_a_run_that_finished_nothing_is_in_nobody_s_way(begin):
+    begin()
+    begin(OTHER)
 
 
-def test_a_checkpoint_that_changed_since_is_named(tmp_path):
-    parts = Parts(tmp_path / "w.parquet", SHARED, force=False)
+def test_force_starts_afresh(begin):
+    part(begin(), "00000", {})
+    assert not begin(OTHER, force=True).has("00000", "checkpoint-0", {})
+
+
+def test_a_checkpoint_that_changed_since_is_named(begin):
+    parts = begin()
     part(parts, "00000", {"weights": "w"})
     with pytest.raises(InputError, match=r"checkpoint-0 has changed since .*w\.parquet was begun.*--force"):
         parts.has("00000", "checkpoint-0", {"weights": "other"})
 
 
 @pytest.mark.parametrize("left", [None, "", '{"report": "wea', "\xff\xfe"])
-def test_killed_while_the_identity_was_made(tmp_path, left):
+def test_killed_while_the_identity_was_made(begin, left):
     """Nobody knows what the parts belong to, so none of them may be used."""
-    parts = Parts(tmp_path / "w.parquet", SHARED, force=False)
+    parts = begin()
     part(parts, "00000", {"weights": "w"})
     file = parts.directory / "identity.json"
     file.unlink()
     if left is not None:
         file.write_text(left, encoding="latin-1")
-    again = Parts(tmp_path / "w.parquet", SHARED, force=False)
+    again = begin()
     assert not again.has("00000", "checkpoint-0", {"weights": "w"})
     assert json.loads(file.read_text()) == SHARED
 
 
-def test_a_directory_without_a_part_is_removed_and_one_with_parts_stays(tmp_path):
-    parts = Parts(tmp_path / "w.parquet", SHARED, force=False)
-    parts.remove_if_empty()
+def test_a_directory_without_a_part_is_removed_and_one_with_parts_stays(tmp_path, begin):
+    begin().close()
     assert os.listdir(tmp_path) == []
-    parts = Parts(tmp_path / "w.parquet", SHARED, force=False)
+    parts = begin()
     part(parts, "00000", {})
-    parts.remove_if_empty()
-    assert parts.has("00000", "checkpoint-0", {})
+    parts.close()
+    assert begin().has("00000", "checkpoint-0", {})
+
+
+def test_only_one_at_a_time(tmp_path):
+    out = tmp_path / "w.parquet"
+    first = Parts(out, SHARED, force=False)
+    for force in (False, True):
+        with pytest.raises(InputError, match=r"another process is writing .*; wait for it") as caught:
+            Parts(out, SHARED, force=force)
+        says(caught)
+    first.close()
+    second = Parts(out, SHARED, force=False)
+    first.close()  # once more does no harm to the second
+    with pytest.raises(InputError, match="another process is writing"):
+        Parts(out, SHARED, force=False)
+    second.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_was_left_behind_a_whole_report_is_removed_unless_it_is_of_another_run(tmp_path, begin):
+    out = tmp_path / "w.parquet"
+    tables.remove_leftovers(out, SHARED)
+    assert os.listdir(tmp_path) == []
+    parts = begin()
+    part(parts, "00000", {})
+    parts.close()
+    tables.remove_leftovers(out, OTHER)
+    assert os.listdir(tmp_path) == [".w.parquet.parts"]
+    tables.remove_leftovers(out, SHARED)
+    assert os.listdir(tmp_path) == []
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

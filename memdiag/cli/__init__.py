@@ -20,6 +20,7 @@ import typer
 
 import memdiag
 from memdiag.cli import measure, reports
+from memdiag.cli.options import option
 from memdiag.errors import IncompleteError, InputError, one_line
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """What a neural network memorized, where it sits, whether it matters, and whether a fix worked.
@@ -52,9 +53,9 @@ def main(
     """
 
 
-app.command("entropy")(measure.entropy)
-app.command("schema")(reports.schema)
-app.command("rerun")(reports.rerun)
+app.command("entropy", short_help="How compressed are the hidden states, layer by layer?")(measure.entropy)
+app.command("schema", short_help="What is in a report: columns, types, units.")(reports.schema)
+app.command("rerun", short_help="Repeat the run that made a report.")(reports.rerun)
 
 
 def run(args: Sequence[str] | None = None) -> NoReturn:

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 from memdiag.cli import options as o
 
@@ -21,6 +22,21 @@ def begin(*, online: bool, quiet: bool) -> None:
     log.handlers = [logging.StreamHandler(sys.stderr)]
     log.handlers[0].setFormatter(logging.Formatter("memdiag: %(message)s"))
     log.setLevel(logging.WARNING if quiet or not is_first() else logging.INFO)
+    if "MEMDIAG_DEBUG" not in os.environ:
+        warnings.showwarning = _as_a_line
+
+
+def _as_a_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings as a line like every other; those of libraries are for us, not for who runs the command."""
+    if Path(__file__).parents[1] in Path(filename).parents:
+        logging.getLogger("memdiag").warning("%s", message)
 
 
 def is_first() -> bool:
