@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from memdiag.dataset import collate
 from memdiag.entropy_report import EntropyOptions, EntropyRow, GradientRow, Inputs
 from memdiag.errors import InputError
 from memdiag.layer_sums import Sums, rows_of
-from memdiag.measuring import examples_of, observe_all, observe_batch, stream_of, vocab_size, watch
+from memdiag.measuring import examples_of, observe_all, observe_batch, stream_of, watch
 from memdiag.progress import Progress
 
 log = logging.getLogger("memdiag")
@@ -113,6 +114,10 @@ def _measure(
     stream = stream_of(inputs, checkpoint, model, target, rank, world)
     first = next(stream, None)
     watched = watch(model, first, options.layers) if first is not None else None
+    if options.gradients and watched is not None:
+        if not watched.predicts:
+            raise InputError("--gradients needs a causal language model; this model predicts no next tokens")
+        gradient_layers(model, options)
     sums = Sums([])
     if watched is not None and first is not None:
         sums = observe_all(watched, itertools.chain([first], stream), options, progress)
@@ -143,7 +148,8 @@ def _log_skipped(skipped: list[tuple[str, str]]) -> None:
     """A line for each reason; the report's metadata has every name."""
     by_reason: dict[str, list[str]] = {}
     for name, why in skipped:
-        by_reason.setdefault(why, []).append(name)
+        if why != observe.NOT_CHOSEN:
+            by_reason.setdefault(why, []).append(name)
     for why, names in by_reason.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         log.info("left out, %s: %s%s", why, ", ".join(names[:3]), more)
@@ -159,28 +165,36 @@ def gradient_rows(
     """The cosine rows of one checkpoint, on the first batches of the dataset in its own order.
 
     Raises:
-        InputError: the model is no causal language model with a stack of blocks, or no batch can be used.
+        InputError: no batch can be used; and as `gradient_layers`.
     """
     options = inputs.options
-    found = observe.blocks(model)
-    if not found:
-        raise InputError("--gradients needs a transformer with a stack of blocks; this model has none")
-    layers, _ = observe.layers_of(model, options.layers)
-    names = [name for name, _ in found]
-    indices = [names.index(layer.name) + 1 for layer in layers if layer.name in names]
     pad = pad_id(getattr(model, "config", None), checkpoint.tokenizer(options.tokenizer))
     examples = examples_of(inputs, checkpoint, model)
     groups = iter(lambda: list(itertools.islice(examples, options.gradient_batch_size)), [])
     rows = alignment.gradient_rows(
         model,
         (collate(group, pad_id=pad) for group in groups),
-        layers=indices,
+        layers=gradient_layers(model, options),
         patch_size=options.patch_size,
         max_batches=options.gradient_batches,
     )
     empty = dict.fromkeys(field.name for field in dataclasses.fields(GradientRow))
     about = {"kind": "cosine", "checkpoint": checkpoint.name, "step": checkpoint.step}
     return [empty | row | about for row in rows]
+
+
+def gradient_layers(model: nn.Module, options: EntropyOptions) -> list[int]:
+    """The layers whose gradients are compared: those measured that are the output of a block.
+
+    Raises:
+        InputError: there is none.
+    """
+    layers, _ = observe.layers_of(model, options.layers)
+    names = [name for name, _ in observe.blocks(model)]
+    found = [names.index(layer.name) + 1 for layer in layers if layer.at == "output" and layer.name in names]
+    if not found:
+        raise InputError("--gradients compares the outputs of blocks, layers 1 and up; there are none among --layers")
+    return found
 
 
 def oscillation_rows(table: pa.Table, *, seed: int) -> Iterator[dict[str, Any]]:
@@ -245,14 +259,13 @@ def plan(inputs: Inputs) -> dict[str, object]:
     model = checkpoint.load(dtype=options.dtype, device=str(target))
     first = next(stream_of(inputs, checkpoint, model, target))
     watched = watch(model, first, options.layers)
+    observe_batch(watched, first, options)  # the first call of everything is slow
     began = time.perf_counter()
     sums = observe_batch(watched, first, options)
     per_example = (time.perf_counter() - began) / sums.n_examples
     rows = len(inputs.checkpoints) * len(list(rows_of(sums, watched.layers_seen().taken, checkpoint, options)))
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     folded = sum(2 * 2 * 8 * layer.n_dims**2 for layer in sums.layers) if "dataset" in options.units else 0
-    tokens = first.input_ids.size if first.input_ids is not None else len(first.example_ids)
-    logits = tokens * (vocab_size(model) or 1) * 4
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with the model and one batch
     return {
         "checkpoints": len(inputs.checkpoints),
         "layers": len(watched.layers),
@@ -262,6 +275,6 @@ def plan(inputs: Inputs) -> dict[str, object]:
         "rows": rows,
         "device": devices.describe(target),
         "seconds_expected": round(per_example * dataset.n_examples * len(inputs.checkpoints), 1),
-        "memory_expected_mb": round((weights + folded + 2 * logits) / 2**20),
+        "memory_expected_mb": round((now + folded) / 2**20),
         "disk_expected_kb": round(rows * 0.2 + 20),
     }

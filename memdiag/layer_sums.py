@@ -118,6 +118,8 @@ class Sums:
 @torch.inference_mode()
 def observe_layer(hidden: Tensor, mask: Tensor, options: EntropyOptions) -> LayerSums:
     """Reduce one layer's hidden states (b, t, d) with mask (b, t) to what the rows need."""
+    if hidden.device.type == "mps":  # has no float64
+        hidden, mask = hidden.cpu(), mask.cpu()
     b, _, d = hidden.shape
     lengths = mask.sum(1)
     sums = LayerSums(n_dims=d, n_tokens=int(lengths.sum()))
@@ -127,27 +129,13 @@ def observe_layer(hidden: Tensor, mask: Tensor, options: EntropyOptions) -> Laye
         measures = mbe.unit_measures(patches, full, alpha=options.alpha, spectra=True)
         sums.patch.add(measures, of_example.cpu().numpy(), patches.shape[0] * patches.shape[1])
     if "sequence" in options.units:
-        measures = _sequence_measures(hidden, lengths, options)
-        if not options.spectra:  # long sequences have them anyway: a mean of those alone would be another number
-            measures[:, [mbe.MEASURES.index(name) for name in ("rankme", "effective_rank")]] = math.nan
+        measures = mbe.unit_measures(hidden, lengths, alpha=options.alpha, spectra=options.spectra)
         sums.sequence.add(measures, np.arange(b), sums.n_tokens)
     if "dataset" in options.units:
         states = hidden.double().masked_fill(~mask[..., None], 0.0)
         sums.mean.add((states.sum(1) / lengths[:, None]).cpu().numpy())
-        sums.last.add(states[torch.arange(b), lengths - 1].cpu().numpy())
+        sums.last.add(states[torch.arange(b, device=states.device), lengths - 1].cpu().numpy())
     return sums
-
-
-def _sequence_measures(hidden: Tensor, lengths: Tensor, options: EntropyOptions) -> Array:
-    d = hidden.shape[2]
-    if hidden.shape[1] <= d:
-        return mbe.unit_measures(hidden, lengths, alpha=options.alpha, spectra=options.spectra)
-    out = []  # longer than wide: the d × d matrix is the smaller one
-    for states, length in zip(hidden, lengths.tolist()):
-        moments = mbe.Moments()
-        moments.add(states[:length].double().cpu().numpy())
-        out.append(moments.measures(alpha=options.alpha)[0])
-    return np.stack(out)
 
 
 def rows_of(

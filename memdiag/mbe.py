@@ -117,7 +117,7 @@ def patch_entropy(hidden: Tensor, mask: Tensor, *, patch_size: int = 8) -> Tenso
 
 
 def unit_measures(z: Tensor, lengths: Tensor, *, alpha: float, spectra: bool) -> Array:
-    """The MEASURES of every unit, through its (n, n) Gram matrix in float64.
+    """The MEASURES of every unit, through its Gram matrix on the smaller side, in float64.
 
     float64, because the centred Gram is a difference: with hidden states whose common offset is 1000 × their
     spread, float32 would leave no correct digit of it.
@@ -126,7 +126,7 @@ def unit_measures(z: Tensor, lengths: Tensor, *, alpha: float, spectra: bool) ->
         z: (u, n, d) floats; rows from lengths[u] on are ignored (they may hold anything, NaN too).
         lengths: (u,) int64, rows that count, 0 … n.
         alpha: order of the entropies, > 0.
-        spectra: also rankme and effective_rank, which need eigenvalues (else NaN, unless α ≠ 2 needs them too).
+        spectra: also rankme and effective_rank, which need eigenvalues (else NaN).
     Returns:
         (u, len(MEASURES)) float64, NaN where undefined.
     Raises:
@@ -137,23 +137,13 @@ def unit_measures(z: Tensor, lengths: Tensor, *, alpha: float, spectra: bool) ->
     z = z.double()
     if not bool(real.all()):
         z = z.masked_fill(~real[..., None], 0.0)
-    gram = z @ z.mT  # (u, n, n)
-    norms = gram.diagonal(dim1=-2, dim2=-1)  # (u, n) squared row norms
+    gram, centred, cosines, cosine_sum, norms = _row_grams(z, real, lengths) if n <= d else _column_grams(z, lengths)
     if not bool(norms.isfinite().all()):
         raise ValueError("hidden states hold a NaN or an infinity")
-    inverse = torch.where(norms > 0, norms.rsqrt(), 0.0)
-    cosines = gram * inverse[:, :, None] * inverse[:, None, :]
-    n_nonzero = (norms > 0).sum(1).double()
-    pairs = torch.where(n_nonzero > 1, n_nonzero * (n_nonzero - 1), math.nan)
-    mean_cosine = (cosines.sum((-2, -1)) - n_nonzero) / pairs
-
-    count = lengths.double()[:, None]
-    row_mean = gram.sum(-1) / count  # (u, n); of no rows: NaN
-    grand = row_mean.sum(-1) / count[:, 0]
-    centred = gram - row_mean[:, :, None] - row_mean[:, None, :] + grand[:, None, None]
-    centred = torch.where(real[:, :, None] & real[:, None, :], centred, 0.0)  # also of no rows: no NaN is left
     spread = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
     constant = spread <= CONSTANT * norms.sum(-1)
+    n_nonzero = (norms > 0).sum(1).double()
+    pairs = torch.where(n_nonzero > 1, n_nonzero * (n_nonzero - 1), math.nan)
 
     out = np.full((u, len(MEASURES)), np.nan)
     entropy, eigenvalues = _gram_entropy(gram, alpha, spectra)
@@ -162,12 +152,36 @@ def unit_measures(z: Tensor, lengths: Tensor, *, alpha: float, spectra: bool) ->
     out[:, 1] = np.log(rows, out=np.full(u, np.nan), where=rows > 0)
     out[:, 2] = np.where(constant.cpu().numpy(), np.nan, _gram_entropy(centred, alpha, False)[0])
     out[:, 3] = _gram_entropy(cosines, alpha, False)[0]
-    if eigenvalues is not None:
+    if spectra and eigenvalues is not None:
         out[:, 4] = spectrum.rankme(eigenvalues)
         out[:, 5] = spectrum.effective_rank(eigenvalues)
     out[:, 6] = np.exp(entropy if alpha == 2 else _gram_entropy(gram, 2.0, False)[0])
-    out[:, 7] = mean_cosine.cpu().numpy()
+    out[:, 7] = ((cosine_sum - n_nonzero) / pairs).cpu().numpy()
     return out
+
+
+def _row_grams(z: Tensor, real: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """Of units (u, n, d) the (u, n, n) Gram matrices raw, centred and of unit rows; Σ cosines (u,); ‖z‖² (u, n)."""
+    gram = z @ z.mT
+    norms = gram.diagonal(dim1=-2, dim2=-1)  # (u, n)
+    inverse = torch.where(norms > 0, norms.rsqrt(), 0.0)
+    cosines = gram * inverse[:, :, None] * inverse[:, None, :]
+    count = lengths.double()[:, None]
+    row_mean = gram.sum(-1) / count  # (u, n); of no rows: NaN
+    grand = row_mean.sum(-1) / count[:, 0]
+    centred = gram - row_mean[:, :, None] - row_mean[:, None, :] + grand[:, None, None]
+    centred = torch.where(real[:, :, None] & real[:, None, :], centred, 0.0)  # also of no rows: no NaN is left
+    return gram, centred, cosines, cosines.sum((-2, -1)), norms
+
+
+def _column_grams(z: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """The same as `_row_grams` with the smaller (u, d, d) matrices of units that are longer than wide."""
+    norms = z.square().sum(-1)  # (u, n)
+    unit = z * torch.where(norms > 0, norms.rsqrt(), 0.0)[..., None]
+    gram = z.mT @ z
+    total = z.sum(1)  # (u, d)
+    centred = gram - total[:, :, None] * total[:, None, :] / lengths.double().clamp(min=1)[:, None, None]
+    return gram, centred, unit.mT @ unit, unit.sum(1).square().sum(-1), norms
 
 
 def _gram_entropy(gram: Tensor, alpha: float, spectra: bool) -> tuple[Array, Array | None]:
@@ -187,7 +201,7 @@ class Moments:
     """The spectrum of ever more vectors in memory that does not grow: Σh, Σhhᵀ and the same of h/‖h‖, in float64.
 
     Up to d vectors are kept as they are (smaller, and their Gram matrix is cheaper); from then on they are folded
-    into two d × d matrices. Used for the data set unit, and for sequences longer than d.
+    into two d × d matrices. For the data set unit, whose vectors come a few at a time.
     """
 
     def __init__(self) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from memdiag.dataset import Batch
 from memdiag.errors import InputError, one_line, unknown
 
+NOT_CHOSEN = "not in --layers"
 OnHidden = Callable[[int, Tensor, Tensor], None]  # (position in the list of layers, hidden (b, t, d), mask (b, t))
 
 
@@ -148,7 +149,7 @@ def layers_of(model: nn.Module, wanted: str | None = None) -> tuple[list[Layer],
         return layers, []
     chosen = sorted({i for part in wanted.split(",") for i in _indices(part, len(layers))})
     return [layers[i] for i in chosen], [
-        Skipped(layer.name, "not in --layers") for i, layer in enumerate(layers) if i not in chosen
+        Skipped(layer.name, NOT_CHOSEN) for i, layer in enumerate(layers) if i not in chosen
     ]
 
 
@@ -180,7 +181,7 @@ def _layers_by_pattern(model: nn.Module, patterns: Sequence[str]) -> tuple[list[
         if any(fnmatchcase(name, pattern.strip()) for pattern in patterns):
             chosen.append(Layer(len(chosen), name, module))
         elif not list(module.children()):
-            skipped.append(Skipped(name, "not in --layers"))
+            skipped.append(Skipped(name, NOT_CHOSEN))
     return chosen, skipped
 
 
@@ -333,7 +334,7 @@ def cross_entropy_sum(logits: Tensor, inputs: Inputs) -> tuple[float, int]:
             z = logits[at[:, 0], at[:, 1]]
             z = z if z.dtype == torch.float64 else z.float()
             nll = nn.functional.cross_entropy(z, targets[start : start + step], reduction="none")
-            total += float(nll.double().sum())  # a float32 sum would move in its eighth digit with the batch size
+            total += float(nll.cpu().double().sum())  # a float32 sum would move in its eighth digit with the batch size
         return total, len(targets)
     if inputs.labels is not None and logits.ndim == 2:
         n_classes = logits.shape[1]

@@ -271,6 +271,15 @@ def test_a_stdout_without_greek_letters_gets_a_table(fixtures, tmp_path):
     assert "MBE of patches of 8 tokens, ? = 2" in done.stdout
 
 
+def test_what_a_library_prints_is_not_mixed_into_stdout(entropy, fixtures, tmp_path):
+    """tokenizers (Rust) prints what it does not know to the process's own stdout."""
+    shutil.copytree(fixtures / "tiny-gpt2", tmp_path / "model")
+    tokenizer = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["of_a_later_version"] = True
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert entropy(checkpoint=tmp_path / "model") == Done(0, "entropy.parquet\n", "")
+
+
 def test_a_path_that_is_not_utf8(entropy, fixtures):
     name = os.fsdecode(b"\xff.parquet")
     shutil.copy(fixtures / "texts.jsonl", os.fsdecode(b"\xfe.jsonl"))

@@ -223,7 +223,7 @@ def test_an_unknown_option_names_the_nearest(fixtures):
         ({"device": "cupboard"}, "device 'cupboard' cannot be used"),
         ({"columns": "text=txt"}, "did you mean 'text'"),
         ({"columns": "text"}, "is not of the form text=body"),
-        ({"columns": "text=,id=id"}, "is not of the form text=body"),
+        ({"columns": "=body,id=id"}, "is not of the form text=body"),
         ({"columns": "txt=text"}, "txt"),
         ({"data": "task:digit"}, "did you mean 'digits'"),
         ({"data": "task:pydoc?chrs=3"}, "did you mean 'chars'"),

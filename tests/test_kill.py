@@ -18,6 +18,10 @@ import memdiag
 
 pytestmark = pytest.mark.slow
 KILLS = 5
+PRELOAD = [
+    *("memdiag.cli", "memdiag.entropy_run", "memdiag.entropy_view", "memdiag.checkpoint.huggingface"),
+    *("transformers.models.gpt2.modeling_gpt2", "pandas", "pyarrow.compute"),
+]
 CALLS = ("os.mkdir", "open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")  # what changes a directory
 
 
@@ -45,7 +49,7 @@ def command(argv, stderr, die_at):
 def processes():
     """Starts processes that have everything imported already: they do at once what is to be stopped."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["memdiag.cli", "memdiag.entropy_run", "transformers.models.gpt2.modeling_gpt2"])
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 

@@ -154,6 +154,14 @@ def test_half_precision_input_is_computed_in_float32_or_better(dtype: torch.dtyp
     assert found.item() == pytest.approx(by_definition(z.double(), alpha), abs=2e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_small_orders_do_not_count_rounding_as_directions(alpha: float) -> None:
+    z = (gaussian(64, 2) @ gaussian(2, 48, seed=1)).float()  # two directions, in float32
+    found = matrix_entropy(z, alpha=alpha).item()
+    assert found == pytest.approx(by_definition(gaussian(64, 2) @ gaussian(2, 48, seed=1), alpha), abs=1e-4)
+    assert found < LN(2)
+
+
 def test_float32_is_not_half_precision_and_float64_stays() -> None:
     assert matrix_entropy(gaussian(8, 4, dtype=torch.float32)).dtype == torch.float32
     assert matrix_entropy(gaussian(8, 4)).dtype == torch.float64

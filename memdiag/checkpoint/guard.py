@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -26,6 +28,24 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def mute() -> Iterator[None]:
+    """Nothing reaches stdout or stderr, not even from a compiled library: tokenizers prints to stdout what it skips."""
+    kept = {}
+    with open(os.devnull, "w") as nowhere:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            with contextlib.suppress(AttributeError, OSError):  # closed, or no stream at all
+                stream.flush()
+                kept[number] = os.dup(number)
+                os.dup2(nowhere.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, old in kept.items():
+                os.dup2(old, number)
+                os.close(old)
 
 
 @contextlib.contextmanager

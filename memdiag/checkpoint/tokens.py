@@ -33,9 +33,9 @@ def _has_tokenizer(directory: Path) -> bool:
 
 
 def _load(directory: Path) -> PreTrainedTokenizerBase:
-    from memdiag.checkpoint.guard import quiet, refusing
+    from memdiag.checkpoint.guard import mute, quiet, refusing
 
-    with quiet(), refusing(f"{directory}: its tokenizer cannot be read"):
+    with quiet(), mute(), refusing(f"{directory}: its tokenizer cannot be read"):
         from transformers import AutoTokenizer
 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
