@@ -28,6 +28,7 @@ from memdiag.entropy_report import EntropyOptions, EntropyRow, GradientRow, Inpu
 from memdiag.errors import InputError
 from memdiag.layer_sums import Sums, rows_of
 from memdiag.measuring import examples_of, observe_all, observe_batch, stream_of, watch
+from memdiag.oscillation import oscillation
 from memdiag.progress import Progress
 
 log = logging.getLogger("memdiag")
@@ -208,7 +209,7 @@ def oscillation_rows(table: pa.Table, *, seed: int) -> Iterator[dict[str, Any]]:
     for name, rows in series.items():
         if len(rows) > 1:
             values, errors = ([math.nan if row[c] is None else row[c] for row in rows] for c in ("cosine", "cosine_se"))
-            found = alignment.oscillation([row["step"] for row in rows], values, standard_errors=errors, seed=seed)
+            found = oscillation([row["step"] for row in rows], values, standard_errors=errors, seed=seed)
             yield empty | dict(zip(key, name)) | {"kind": "oscillation"} | dataclasses.asdict(found)
 
 

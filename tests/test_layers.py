@@ -22,7 +22,7 @@ LAYER = {
     "__init__": 1, "tables": 1, "tasks": 1, "models": 1, "device": 1, "mbe": 1,
     "checkpoint": 2, "dataset": 2,
     "observe": 3,
-    "alignment": 4, "entropy_report": 4, "entropy_view": 4,
+    "alignment": 4, "oscillation": 4, "entropy_report": 4, "entropy_view": 4,
     "layer_sums": 5,
     "measuring": 6,
     "entropy_run": 7,
