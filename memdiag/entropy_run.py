@@ -236,6 +236,7 @@ def _join(parts: tables.Parts, inputs: Inputs, name: str, out: Path, shared: dic
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": devices.describe(devices.resolve(options.device)),
+        "dtype": checkpoints[-1]["dtype"],
         "identity": identity,
     }
     if options.gradients:

@@ -271,5 +271,5 @@ def _draw_profile(axis: Any, rows: list[Row], title: str) -> None:
     axis.set_xlabel("layer")
     axis.set_ylabel("nats")
     axis.set_title(f"{rows[0]['checkpoint']}: {title}", fontsize=10, loc="left")
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=7, frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)

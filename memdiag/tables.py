@@ -135,7 +135,7 @@ def join(path: Path, row: type, parts: Iterable[Path], meta: Mapping[str, Any]) 
     schema = _with_meta(schema_of(row), meta)
     with _replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts:
-            with open(part, "rb") as source, pq.ParquetFile(source) as piece:
+            with _opened(part) as source, pq.ParquetFile(source) as piece:
                 for i in range(piece.num_row_groups):
                     writer.write_table(piece.read_row_group(i).cast(schema).replace_schema_metadata(schema.metadata))
 
@@ -148,7 +148,6 @@ def _with_meta(schema: pa.Schema, meta: Mapping[str, Any]) -> pa.Schema:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place if the block succeeds and is removed if it does not."""
-    # Files are opened here and not by pyarrow, to which a path may be the address of something else.
     partial = path.with_name(f".{path.name}.partial")
     with _explaining(path):
         try:
@@ -176,6 +175,13 @@ def _explaining(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _opened(path: Path) -> pa.NativeFile:
+    """A file to read from. Not Python's own: pyarrow reads in threads, and one that lets go of a Python object while
+    the interpreter ends aborts the process. Nor a bare path, which pyarrow may take for the address of something else.
+    """
+    return pa.OSFile(os.fspath(path))
+
+
 def read(path: str | Path) -> Report:
     """Read a report.
 
@@ -185,7 +191,7 @@ def read(path: str | Path) -> Report:
     path = Path(path)
     meta = read_meta(path)
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             table = pq.read_table(file)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {one_line(error, 120)}; make it again") from None
@@ -202,7 +208,7 @@ def read_schema(path: Path) -> pa.Schema:
     if not path.exists():
         raise InputError(f"no such report: {path}")
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             return pq.read_schema(file)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is not a Parquet file ({one_line(error, 120)}); give a report of memdiag") from None
@@ -231,6 +237,8 @@ def check_place(path: Path, identity: Callable[[], Mapping[str, Any]], *, force:
     with _explaining(path):
         if path.is_dir():
             raise InputError(f"{path} is a directory; give a file name to --out")
+        if not str(path).isprintable():
+            raise InputError(f"--out {str(path)!r}: the name has letters that cannot be printed; choose another --out")
         if force or not path.exists():
             return False
     try:

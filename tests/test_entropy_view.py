@@ -210,11 +210,11 @@ def test_of_a_long_run_only_the_ends_are_shown(printed):
 
 def test_notes_say_what_was_cut_and_what_is_limited(printed):
     text = printed([row(unit="dataset", pooling="last", truncated=3, n_limited=True)])
-    assert "one vector an example (last token)" in text
+    assert "one vector an example, its last token" in text
     assert "3 examples truncated; fewer than 2 d examples: limited by n" in text
     assert "in no unit" not in text
     assert "whole sequences" in printed([row(unit="sequence")])
-    assert "mean-pooled examples" in printed([row(unit="dataset", pooling="mean")])
+    assert "one vector an example, the mean of its tokens" in printed([row(unit="dataset", pooling="mean")])
 
 
 def test_undefined_figures_are_dashes(printed):

@@ -94,7 +94,7 @@ def simulated(rng: np.random.Generator) -> tuple[Array, NDArray[np.int64]]:
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng, covered, naive = np.random.default_rng(7), 0, 0
-    replications = 1000
+    replications = 2000
     for _ in range(replications):
         values, examples = simulated(rng)
         sums = unit_sums(values, examples)

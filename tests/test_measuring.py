@@ -311,3 +311,16 @@ def test_long_texts_are_cut_and_counted(fixtures: Path, load: Callable[[str], nn
     assert max(int(batch.mask.sum(1).max()) for batch in cut) == 8
     assert sum(batch.truncated for batch in cut) == 20
     assert sum(batch.truncated for batch in stream(fixtures, load)) == 0
+
+
+def test_a_token_that_the_model_does_not_have_is_an_error(
+    fixtures: Path, load: Callable[[str], nn.Module], tmp_path: Path
+) -> None:
+    data = tmp_path / "tokens.jsonl"
+    data.write_text('{"input_ids": [1, 511]}\n{"input_ids": [1, 512]}\n')
+    checkpoint = open_checkpoints(fixtures / "tiny-gpt2")[0]
+    inputs = Inputs([checkpoint], open_dataset(data), EntropyOptions(unit="all"))
+    examples_of = measuring.examples_of(inputs, checkpoint, load("tiny-gpt2"))
+    assert next(examples_of).input_ids.tolist() == [1, 511]
+    with pytest.raises(InputError, match=r"row 1: input_ids .*512"):
+        next(examples_of)

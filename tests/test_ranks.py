@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,16 @@ def test_alone_there_is_one_process_and_nothing_is_started(monkeypatch: pytest.M
     assert ranks.gather(value) == [value]
     assert ranks.gather(None) == [None]
     assert ranks.broadcast(value) is value
+
+
+def test_tests_reach_this_machine_only() -> None:
+    for address in (("192.0.2.1", 80), ("example.invalid", 443)):  # reserved: nobody is there
+        with socket.socket() as attempt, pytest.raises(AssertionError, match="without a network"):
+            attempt.connect(address)
+    with socket.socket() as listening, socket.socket() as near:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        near.connect(listening.getsockname())
 
 
 def test_two_processes_gather_on_rank_0_and_hear_it(
