@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import pytest
 
 import memdiag
 from memdiag import cli, entropy_report
-from memdiag.errors import IncompleteError
+from memdiag.errors import IncompleteError, InputError
 
 BROKEN = sorted(path.name for path in (Path(__file__).parent.parent / "fixtures" / "broken").iterdir())
 COMMANDS = ["entropy", "schema", "rerun"]
@@ -38,6 +39,7 @@ class Done(NamedTuple):
 def memdiag_(capfd, monkeypatch, tmp_path):
     """The command line in this process, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # to be put back
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*args):
@@ -400,6 +402,11 @@ def test_a_bug_is_exit_70_in_one_line(entropy, monkeypatch):
     line = one_line(entropy(), code=70)
     assert line.startswith("memdiag: a bug of memdiag, please report it: RuntimeError: list index out of range ")
     assert "MEMDIAG_DEBUG=1" in line
+
+
+def test_an_error_cannot_steer_the_terminal(entropy, monkeypatch):
+    fail(monkeypatch, InputError("token '\x1b]0;owned\x07' is unknown"))
+    assert one_line(entropy()) == "memdiag: token '\\x1b]0;owned\\x07' is unknown"
 
 
 def test_debug_shows_the_traceback_of_a_bug_but_no_locals(entropy, monkeypatch):

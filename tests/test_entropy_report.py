@@ -143,12 +143,12 @@ def test_a_model_without_tokens_is_measured_by_dataset(fixtures):
 
 def test_the_metadata_says_what_it_was_made_from(of_run, texts, fixtures):
     meta = of_run.meta
-    wanted = "report schema_version memdiag_version options seed checkpoint dataset torch transformers device identity"
-    assert set(meta) == set(wanted.split())
+    wanted = "report schema_version memdiag_version options seed checkpoint dataset torch transformers device dtype"
+    assert set(meta) == {*wanted.split(), "identity"}
     assert (meta["report"], meta["schema_version"]) == ("entropy", EntropyRow.schema_version)
     assert meta["memdiag_version"] == memdiag.__version__
     assert (meta["torch"], meta["transformers"]) == (torch.__version__, transformers.__version__)
-    assert (meta["device"], meta["seed"]) == ("cpu", 0)
+    assert (meta["device"], meta["dtype"], meta["seed"]) == ("cpu", "float32", 0)
     for about, checkpoint in zip(meta["checkpoint"], open_checkpoints(fixtures / "run"), strict=True):
         assert (about["name"], about["step"]) == (checkpoint.name, checkpoint.step)
         assert about["weights"] == checkpoint.fingerprint()

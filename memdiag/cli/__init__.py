@@ -116,5 +116,7 @@ def _report(error: Exception) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"memdiag: {' '.join(message.split())}", file=sys.stderr)
+    # what a damaged file holds may be quoted here: it must not steer the terminal
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"memdiag: {shown}", file=sys.stderr)
     return code
