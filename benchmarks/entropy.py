@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -112,14 +110,6 @@ def times(rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
-def own_peak_mb() -> float:
-    """Of this process. ru_maxrss would not do: it starts from the parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def peak_mb(way: str, n_batches: int) -> float:
     """Peak resident memory of a fresh process that does this over so many batches."""
     command = [sys.executable, __file__, "--peak", way, "--batches", str(n_batches)]
@@ -134,7 +124,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.peak:
         ways(args.batches)[args.peak]()
-        print(own_peak_mb())
+        from memdiag.device import peak_memory
+
+        print(peak_memory() / 2**20)
         return 0
     missed = 0
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
+from pathlib import Path
+
 import torch
 
 from memdiag.errors import InputError, one_line
@@ -48,3 +53,13 @@ def free(device: torch.device) -> None:
 def describe(device: torch.device) -> str:
     """The device as the report names it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory() -> int:
+    """The most host memory this process has held so far, in bytes."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    # elsewhere than on Linux; it starts from the parent's peak, so it can only say too much
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -268,7 +268,7 @@ def entropy(
         out: the report's path; None keeps it in memory only.
         force: replace what stands at `out`.
         progress: shows how far it is.
-        **options: the fields of EntropyOptions, i.e. the options of `memdiag entropy`.
+        **options: the fields of EntropyOptions, i.e. the options of `memdiag entropy`; `columns` may be a dict.
     Returns:
         The report, rows as EntropyRow. With gradients=True a second one is written beside `out`, rows as
         GradientRow.

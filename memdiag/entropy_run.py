@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,7 +266,7 @@ def plan(inputs: Inputs) -> dict[str, object]:
     per_example = (time.perf_counter() - began) / sums.n_examples
     rows = len(inputs.checkpoints) * len(list(rows_of(sums, watched.layers_seen().taken, checkpoint, options)))
     folded = sum(2 * 2 * 8 * layer.n_dims**2 for layer in sums.layers) if "dataset" in options.units else 0
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with the model and one batch
+    now = devices.peak_memory()  # with the model and one batch
     return {
         "checkpoints": len(inputs.checkpoints),
         "layers": len(watched.layers),

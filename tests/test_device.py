@@ -86,3 +86,10 @@ def test_cuda_gives_the_numbers_of_the_cpu(fixtures: Path, assert_same_rows: Cal
     expected = memdiag.entropy(fixtures / name, device="cpu", **options).table.to_pylist()
     found = memdiag.entropy(fixtures / name, device="cuda", **options).table.to_pylist()
     assert_same_rows(found, expected, rel=1e-3, abs=1e-4)
+
+
+def test_peak_memory_rises_with_what_is_held() -> None:
+    before = device.peak_memory()
+    block = torch.ones(int(before // 4 + 50e6))  # as much again as the most so far, and 200 MB
+    assert device.peak_memory() >= before + 190e6
+    assert block[0] == 1

@@ -372,3 +372,12 @@ def test_every_column_says_what_it_means():
     assert nats == {
         "mbe", "mbe_se", "mbe_lo", "mbe_hi", "mbe_max", "mbe_centred", "mbe_row_normalised", "cross_entropy",
     }  # fmt: skip
+
+
+def test_columns_of_the_api_may_be_a_dict(fixtures, texts):
+    as_text, as_dict = (
+        memdiag.entropy(fixtures / "tiny-gpt2", data=texts, limit=2, columns=columns)
+        for columns in ("text=text,label=", {"text": "text", "label": ""})
+    )
+    assert as_dict.table.equals(as_text.table)
+    assert as_dict.meta["identity"] == as_text.meta["identity"]
