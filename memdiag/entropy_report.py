@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -280,6 +281,8 @@ def entropy(
     for name in options:
         if name not in known:
             raise unknown("option", name, known)
+    if isinstance(options.get("columns"), Mapping):
+        options["columns"] = ",".join(f"{role}={name}" for role, name in options["columns"].items())
     if "batch_size" in options:
         options["batch_size"] = str(options["batch_size"])
     settings = EntropyOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})

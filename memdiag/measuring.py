@@ -115,7 +115,7 @@ def observe_batch(watched: Watched, batch: Batch, options: EntropyOptions) -> Su
     inputs = observe.to_inputs(batch, watched.model)
     logits = observe.forward(watched.model, inputs, watched.layers, reduce)
     sums = Sums([found[i] for i in range(len(watched.layers))], len(batch.example_ids))
-    if logits is not None and (watched.predicts or (inputs.tokens is None and inputs.labels is not None)):
+    if logits is not None and (watched.predicts or logits.ndim == 2):  # next tokens, or labels if there are any
         sums.nll, sums.n_predictions = observe.cross_entropy_sum(logits, inputs)
     return sums
 

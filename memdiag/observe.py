@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from memdiag.dataset import Batch
+from memdiag.device import is_out_of_memory
 from memdiag.errors import InputError, one_line, unknown
 
 NOT_CHOSEN = "not in --layers"
@@ -280,7 +281,9 @@ def usable(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> tuple[l
     try:
         with torch.inference_mode(), _hooked(layers, take):
             call(model, inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, MemoryError, ValueError, TypeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise InputError("a single example does not fit in memory; use --dtype bfloat16 or --max-length") from None
         kind = "token ids" if inputs.tokens is not None else f"features of shape {tuple(inputs.features.shape[1:])}"  # type: ignore[union-attr]
         raise InputError(f"the model cannot run on this data ({kind}): {one_line(error, 160)}") from error
     kept = [layer for i, layer in enumerate(layers) if reasons.get(i, "") is None]
@@ -340,8 +343,12 @@ def cross_entropy_sum(logits: Tensor, inputs: Inputs) -> tuple[float, int]:
         n_classes = logits.shape[1]
         wrong = inputs.labels[(inputs.labels < 0) | (inputs.labels >= n_classes)]
         if len(wrong):
-            raise InputError(f"label {int(wrong[0])} does not fit a model of {n_classes} classes")
-        return float(nn.functional.cross_entropy(logits.float(), inputs.labels, reduction="sum")), len(logits)
+            raise InputError(
+                f"label {int(wrong[0])} does not fit a model of {n_classes} classes; --columns label= leaves labels out"
+            )
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        nll = nn.functional.cross_entropy(z, inputs.labels, reduction="none")
+        return float(nll.cpu().double().sum()), len(logits)
     return 0.0, 0
 
 

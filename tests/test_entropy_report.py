@@ -381,3 +381,27 @@ def test_columns_of_the_api_may_be_a_dict(fixtures, texts):
     )
     assert as_dict.table.equals(as_text.table)
     assert as_dict.meta["identity"] == as_text.meta["identity"]
+
+
+def test_a_text_classifier_has_the_loss_of_its_labels(fixtures, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "label": 2}, {"input_ids": [3, 4], "label": 0}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    report = memdiag.entropy(tmp_path / "model", data=tmp_path / "data.jsonl")
+
+    with torch.no_grad():
+        losses = [
+            model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["label"]])).loss.item() for row in rows
+        ]
+    assert report.table["cross_entropy"].to_pylist() == pytest.approx([sum(losses) / 2] * 2, rel=1e-6)
+    (tmp_path / "other.jsonl").write_text('{"input_ids": [5, 6, 7], "label": 3}\n')
+    with pytest.raises(InputError, match="label 3 does not fit a model of 3 classes"):
+        memdiag.entropy(tmp_path / "model", data=tmp_path / "other.jsonl")
