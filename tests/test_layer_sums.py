@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,3 +347,31 @@ def test_a_process_that_saw_nothing_adds_nothing() -> None:
         assert total.n_examples == 2
         assert total.layers[0].patch.n_units == 2
         assert total.layers[0].n_dims == 6
+
+
+FLAT = """
+import torch
+from memdiag.device import peak_memory
+from memdiag.entropy_report import EntropyOptions
+from memdiag.layer_sums import LayerSums, Sums, observe_layer
+torch.set_num_threads(1)
+generator, mask = torch.Generator().manual_seed(0), torch.ones(2, 256, dtype=torch.bool)
+total = Sums([LayerSums() for _ in range(12)])
+for i in range(60):
+    layers = []
+    for _ in range(12):
+        hidden = torch.randn(2, 256, 512, generator=generator)
+        layers.append(observe_layer(hidden, mask, EntropyOptions(unit="all")))
+        del hidden
+    total.merge(Sums(layers, 2))
+    if i == 9:
+        early = peak_memory()
+print((peak_memory() - early) / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_as_batches_come() -> None:
+    """50 more batches of 12 layers; what is kept of them, 2 vectors a layer, is 10 MB in all."""
+    done = subprocess.run([sys.executable, "-c", FLAT], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 40

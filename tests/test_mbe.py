@@ -627,7 +627,7 @@ def test_equal_vectors_have_no_spread(n: int, d: int) -> None:
 def test_memory_does_not_grow_with_the_number_of_vectors() -> None:
     moments = filled(*(gaussian(50, 6, seed=i).numpy() for i in range(20)))
     assert moments.n == 1000
-    assert not moments._rows
+    assert len(moments._rows) == 0
     assert moments._sums is not None
     assert sum(part.size for part in moments._sums) == 2 * 6 * 6 + 2 * 6 + 1
 
