@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import memdiag
-from memdiag import entropy_run, tables
+from memdiag import entropy_run, observe, tables
 from memdiag.checkpoint import Checkpoint, open_checkpoints
 from memdiag.errors import IncompleteError, InputError
 
@@ -396,3 +396,36 @@ def test_no_global_random_state_is_touched(run, texts):
     before = torch.random.get_rng_state()
     measure(run, texts, unit="all", **GRADIENTS)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("tiny-gpt2", {"layers": "0"}, "layers 1 and up; there are none"),
+        ("tiny-gpt2", {"layers": "transformer.h.*.mlp"}, "layers 1 and up; there are none"),
+        ("tiny-bert", {}, "predicts no next tokens"),
+    ],
+)
+def test_gradients_that_cannot_be_are_refused_before_anything_is_measured(fixtures, monkeypatch, model, options, says):
+    monkeypatch.setattr(entropy_run, "observe_all", lambda *_: pytest.fail("measured first"))
+    with pytest.raises(InputError, match=says):
+        memdiag.entropy(fixtures / model, data=fixtures / "texts.jsonl", limit=2, gradients=True, **options)
+
+
+def test_layers_left_out_are_told_by_reason_without_those_the_user_left_out(caplog):
+    with caplog.at_level(logging.INFO, "memdiag"):
+        entropy_run._log_skipped([("a", observe.NOT_CHOSEN), *((f"b{i}", "why not") for i in range(5))])
+    assert caplog.messages == ["left out, why not: b0, b1, b2 and 2 more"]
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "says"),
+    [
+        ("tiny-gpt2", '{"features": [0.5, 1.5]}\n', "reads tokens, but the dataset holds features"),
+        ("tiny-vit", '{"input_ids": [1, 2, 3]}\n', "reads pixel_values, but the dataset holds text"),
+    ],
+)
+def test_a_dataset_of_another_kind_than_the_model_is_refused(fixtures, tmp_path, model, rows, says):
+    (tmp_path / "data.jsonl").write_text(rows)
+    with pytest.raises(InputError, match=says):
+        memdiag.entropy(fixtures / model, data=tmp_path / "data.jsonl")

@@ -614,3 +614,15 @@ def test_gradients_need_a_causal_language_model(load: Load, name: str) -> None:
     batch = token_batch(token_rows(4)) if name == "tiny-bert" else feature_batch(torch.zeros(2, 64))
     with pytest.raises(InputError, match="gradients need"):
         observe.forward_with_graph(load(name), batch)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_no_memory_for_a_first_example_is_told_as_such(error: BaseException) -> None:
+    class Full(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    model = Full(2, 2)
+    inputs = observe.Inputs(None, None, torch.zeros(2, 2), None)
+    with pytest.raises(InputError, match="a single example does not fit in memory"):
+        observe.usable(model, inputs, observe.layers_of(model)[0])
