@@ -62,7 +62,7 @@ def dataset_roles() -> str:
     """Which column names are guessed for which role."""
     from memdiag.dataset.columns import ROLES
 
-    rows = [f"| `{role}` | {', '.join(f'`{name}`' for name in names)} |" for role, names in ROLES.items()]
+    rows = [f"| `{role}` | {', '.join(f'`{name}`' for name in names) or 'none'} |" for role, names in ROLES.items()]
     return "\n".join(["| role | columns guessed, the first that is there |", "| --- | --- |", *rows])
 
 
@@ -74,7 +74,7 @@ def task_keys() -> str:
 
     rows = ["| task | keys and defaults |", "| --- | --- |"]
     for name in tasks.names():
-        keys = inspect.signature(importlib.import_module(f"memdiag.tasks.{name}").rows).parameters.values()
+        keys = inspect.signature(importlib.import_module("memdiag.tasks." + name.replace("-", "_")).rows).parameters.values()
         rows.append(f"| `task:{name}` | {', '.join(f'`{key.name}={key.default}`' for key in keys)} |")
     return "\n".join(rows)
 

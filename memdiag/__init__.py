@@ -17,12 +17,33 @@ from memdiag.errors import IncompleteError, InputError
 
 if TYPE_CHECKING:
     from memdiag.entropy_report import entropy
+    from memdiag.prune_report import Pruned, prune_memorizers
+    from memdiag.reproduce_report import Reproduced, reproduce
     from memdiag.tables import Report, read
 
 __version__ = "0.1.0"
-__all__ = ["IncompleteError", "InputError", "Report", "__version__", "entropy", "read"]
+__all__ = [
+    "IncompleteError",
+    "InputError",
+    "Pruned",
+    "Report",
+    "Reproduced",
+    "__version__",
+    "entropy",
+    "prune_memorizers",
+    "read",
+    "reproduce",
+]
 
-_HOME = {"entropy": "memdiag.entropy_report", "Report": "memdiag.tables", "read": "memdiag.tables"}
+_HOME = {
+    "entropy": "memdiag.entropy_report",
+    "prune_memorizers": "memdiag.prune_report",
+    "Pruned": "memdiag.prune_report",
+    "Report": "memdiag.tables",
+    "read": "memdiag.tables",
+    "reproduce": "memdiag.reproduce_report",
+    "Reproduced": "memdiag.reproduce_report",
+}
 
 
 def __getattr__(name: str) -> Any:

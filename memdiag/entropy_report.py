@@ -324,7 +324,9 @@ def options_of(report: tables.Report) -> tuple[str, EntropyOptions]:
     recorded = dict(report.meta.get("options") or {})
     checkpoint = recorded.pop("checkpoint", None)
     if report.meta.get("report") != EntropyRow.report or not isinstance(checkpoint, str):
-        raise InputError(f"a report {report.meta.get('report')!r} cannot be run again; give one of memdiag entropy")
+        raise InputError(
+            f"a report {report.meta.get('report')!r} cannot be run again; give one of entropy or prune-memorizers"
+        )
     try:
         return checkpoint, EntropyOptions(**recorded)
     except (TypeError, AttributeError) as error:

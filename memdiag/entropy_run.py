@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import logging
 import math
 import time
@@ -21,14 +19,15 @@ from torch import nn
 import memdiag
 from memdiag import alignment, observe, ranks, tables
 from memdiag import device as devices
-from memdiag.checkpoint import Checkpoint, pad_id
+from memdiag.checkpoint import Checkpoint, pad_id, tokenizer_fingerprint
 from memdiag.dataset import collate
 from memdiag.entropy_report import EntropyOptions, EntropyRow, GradientRow, Inputs
 from memdiag.errors import InputError
 from memdiag.layer_sums import Sums, rows_of
-from memdiag.measuring import examples_of, observe_all, observe_batch, stream_of, watch
+from memdiag.measuring import observe_all, observe_batch, watch
 from memdiag.oscillation import oscillation
 from memdiag.progress import Progress
+from memdiag.reading import Reading, examples_of, stream_of
 
 log = logging.getLogger("memdiag")
 
@@ -89,15 +88,6 @@ def _identity(checkpoint: Checkpoint, options: EntropyOptions) -> dict[str, str 
     return {"weights": checkpoint.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer)}
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """sha256 of what the tokenizer does to text; None for none."""
-    if tokenizer is None:
-        return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _measure(
     checkpoint: Checkpoint,
     identity: dict[str, str | None],
@@ -111,7 +101,7 @@ def _measure(
     rank, world = ranks.start()
     model = checkpoint.load(dtype=options.dtype, device=str(target))
     progress.start(checkpoint.name, -(-inputs.dataset.n_examples // world))
-    stream = stream_of(inputs, checkpoint, model, target, rank, world)
+    stream = stream_of(reading_of(inputs, checkpoint), model, target, rank, world)
     first = next(stream, None)
     watched = watch(model, first, options.layers) if first is not None else None
     if options.gradients and watched is not None:
@@ -144,6 +134,12 @@ def _measure(
     tables.write(path, EntropyRow, [rows_of(total, layers.taken, checkpoint, options)], meta)
 
 
+def reading_of(inputs: Inputs, checkpoint: Checkpoint) -> Reading:
+    """The dataset as this checkpoint reads it."""
+    options = inputs.options
+    return Reading(inputs.dataset, checkpoint, options.tokenizer, options.max_length, options.batch_size)
+
+
 def _log_skipped(skipped: list[tuple[str, str]]) -> None:
     """A line for each reason; the report's metadata has every name."""
     by_reason: dict[str, list[str]] = {}
@@ -169,7 +165,7 @@ def gradient_rows(
     """
     options = inputs.options
     pad = pad_id(getattr(model, "config", None), checkpoint.tokenizer(options.tokenizer))
-    examples = examples_of(inputs, checkpoint, model)
+    examples = examples_of(reading_of(inputs, checkpoint), model)
     groups = iter(lambda: list(itertools.islice(examples, options.gradient_batch_size)), [])
     rows = alignment.gradient_rows(
         model,
@@ -258,7 +254,7 @@ def plan(inputs: Inputs) -> dict[str, object]:
     target = devices.resolve(options.device)
     checkpoint = inputs.checkpoints[0]
     model = checkpoint.load(dtype=options.dtype, device=str(target))
-    first = next(stream_of(inputs, checkpoint, model, target))
+    first = next(stream_of(reading_of(inputs, checkpoint), model, target))
     watched = watch(model, first, options.layers)
     observe_batch(watched, first, options)  # the first call of everything is slow
     began = time.perf_counter()

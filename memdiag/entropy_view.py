@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memdiag.errors import IncompleteError, InputError, one_line
+from memdiag.drawing import bar, number, savefig, sparkline
 from memdiag.tables import Report
 
 if TYPE_CHECKING:
@@ -17,26 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
-BLOCKS = " ▏▎▍▌▋▊▉█"
-SPARKS = "▁▂▃▄▅▆▇█"
 MOST_TABLES = 6
-
-
-def bar(share: float | None, width: int = 10) -> str:
-    """A share in [0, 1] as a bar of eighths of a character; dots for a null."""
-    if share is None:
-        return "·" * width
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
-    full, rest = divmod(eighths, 8)
-    return ("█" * full + (BLOCKS[rest] if rest else "")).ljust(width)
-
-
-def sparkline(values: list[float | None]) -> str:
-    """Values from lowest to highest as eight heights; a dot for a null."""
-    known = [v for v in values if v is not None]
-    low, high = min(known, default=0.0), max(known, default=0.0)
-    span = (high - low) or 1.0
-    return "".join("·" if v is None else SPARKS[min(7, int((v - low) / span * 8))] for v in values)
 
 
 def grouped(report: Report) -> dict[tuple[str, str | None], dict[str, list[Row]]]:
@@ -95,11 +74,6 @@ def _title(unit: str, pooling: str | None, rows: list[Row]) -> str:
     return f"MBE of {what}, α = {first['alpha']:g}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure of a table; – for a null."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def _table(*names: str) -> Table:
     from rich.table import Table
 
@@ -150,22 +124,11 @@ def _print_trend(console: Console, unit: str, pooling: str | None, checkpoints: 
     console.print(table, "")
 
 
-def check_plot(path: Path) -> None:
-    """Refuse a plot that could not be written before anything is computed.
-
-    Raises:
-        InputError: the name ends in neither .png nor .svg.
-    """
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise InputError(f"--plot {path}: the name must end in .png or .svg")
-
-
 def plot(report: Report, path: Path) -> None:
-    """Draw layer × step for a run, MBE by layer for a single checkpoint; one row of panels per unit."""
-    check_plot(path)
-    import matplotlib
+    """Draw layer × step for a run, MBE by layer for a single checkpoint; one row of panels per unit.
 
-    matplotlib.use("Agg")
+    Errors as `savefig`.
+    """
     from matplotlib.figure import Figure
 
     groups = grouped(report)
@@ -180,20 +143,7 @@ def plot(report: Report, path: Path) -> None:
             _draw_map(figure, row_of_axes[1], rows)
         else:
             _draw_profile(row_of_axes[0], rows[0], title)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # no date and a fixed salt: the same report gives the same file
-        matplotlib.rcParams["svg.hashsalt"] = "memdiag"
-        figure.savefig(
-            partial, format=path.suffix[1:].lower(), metadata={"Date": None} if path.suffix.lower() == ".svg" else {}
-        )
-        os.replace(partial, path)
-    except OSError as error:
-        raise IncompleteError(f"{path} could not be written: {one_line(error)}; the report itself is done") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    savefig(figure, path)
 
 
 def _floats(values: list[float | None]) -> list[float]:

@@ -30,7 +30,7 @@ class Progress:
                 transient=True,
             )
         self._total = self._done = 0
-        self._what = ""
+        self._what, self._unit = "", "examples"
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -41,9 +41,9 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def start(self, what: str, total: int) -> None:
-        """Begin to count `total` examples of `what`."""
-        self._what, self._total, self._done = what, total, 0
+    def start(self, what: str, total: int, *, unit: str = "examples") -> None:
+        """Begin to count `total` units of `what`."""
+        self._what, self._total, self._done, self._unit = what, total, 0, unit
         self._began = self._said = time.monotonic()
         if self._bar:
             for task in self._bar.task_ids:
@@ -55,7 +55,9 @@ class Progress:
         self._done += n
         if self._bar:
             self._bar.advance(self._bar.task_ids[-1], n)
-        elif self._show and time.monotonic() - self._said > EVERY_S:
+        elif self._show and self._done and time.monotonic() - self._said > EVERY_S:
             self._said = time.monotonic()
             left = (self._said - self._began) / self._done * (self._total - self._done)
-            print(f"{self._what}: {self._done}/{self._total} examples, ETA {left:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{self._what}: {self._done}/{self._total} {self._unit}, ETA {left:.0f} s", file=sys.stderr, flush=True
+            )

@@ -305,7 +305,7 @@ class Parts:
             )
         if found is None:
             for old in self.directory.glob("[!.]*"):
-                old.unlink()
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
             with _replacing(file) as opened:
                 opened.write(json.dumps(identity, sort_keys=True).encode())
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import memdiag
 from memdiag import entropy_run, observe, tables
-from memdiag.checkpoint import Checkpoint, open_checkpoints
+from memdiag.checkpoint import Checkpoint, open_checkpoints, tokenizer_fingerprint
 from memdiag.errors import IncompleteError, InputError
 
 LIMIT = 3
@@ -363,13 +363,13 @@ def test_gradients_of_what_has_none_are_refused(fixtures, texts, tmp_path, monke
 def test_the_tokenizer_is_part_of_what_a_report_is_made_from(run, texts, fixtures):
     report = measure(run, texts)
     tokenizer = open_checkpoints(run)[0].tokenizer()
-    digest = entropy_run.tokenizer_fingerprint(tokenizer)
+    digest = tokenizer_fingerprint(tokenizer)
     assert {about["tokenizer"] for about in report.meta["checkpoint"]} == {digest}
-    assert entropy_run.tokenizer_fingerprint(None) is None
+    assert tokenizer_fingerprint(None) is None
     text = json.loads((run / "tokenizer.json").read_text())
     text["model"]["merges"].pop()
     (run / "tokenizer.json").write_text(json.dumps(text))
-    assert entropy_run.tokenizer_fingerprint(open_checkpoints(run)[0].tokenizer()) != digest
+    assert tokenizer_fingerprint(open_checkpoints(run)[0].tokenizer()) != digest
     refused("tokenizer", run, texts)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from memdiag import entropy_view, tables
+from memdiag import drawing, entropy_view, tables
+from memdiag.drawing import bar, sparkline
 from memdiag.entropy_report import EntropyRow
-from memdiag.entropy_view import bar, sparkline
 from memdiag.errors import IncompleteError, InputError
 
 NAMES = tables.schema_of(EntropyRow).names
@@ -112,7 +112,7 @@ def test_sparkline(values, expected):
 
 
 def test_number():
-    assert (entropy_view.number(1.23456), entropy_view.number(2.0, 1), entropy_view.number(None)) == (
+    assert (drawing.number(1.23456), drawing.number(2.0, 1), drawing.number(None)) == (
         "1.235",
         "2.0",
         "–",
@@ -278,7 +278,7 @@ def test_a_plot_replaces_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["e.pdf", "e", "e.png.txt", "png", ".svg"])
 def test_a_name_of_another_kind_is_refused(tmp_path, name):
-    for use in (entropy_view.check_plot, lambda path: entropy_view.plot(report(ONE), path)):
+    for use in (drawing.check_plot, lambda path: entropy_view.plot(report(ONE), path)):
         with pytest.raises(InputError, match=r"must end in \.png or \.svg") as caught:
             use(tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -19,21 +19,30 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 # A module imports from lower ones only. A new module needs a line here.
 LAYER = {
     "errors": 0, "progress": 0, "ranks": 0, "spectrum": 0,
-    "__init__": 1, "tables": 1, "tasks": 1, "models": 1, "device": 1, "mbe": 1,
-    "checkpoint": 2, "dataset": 2,
-    "observe": 3,
-    "alignment": 4, "oscillation": 4, "entropy_report": 4, "entropy_view": 4,
-    "layer_sums": 5,
-    "measuring": 6,
-    "entropy_run": 7,
-    "cli": 8,
-    "__main__": 9,
+    "modular": 1, "drawing": 1, "workers": 1,
+    "__init__": 2, "tables": 2, "tasks": 2, "models": 2, "device": 2, "mbe": 2,
+    "checkpoint": 3, "dataset": 3,
+    "observe": 4, "fourier": 4, "attribution": 4, "pruning": 4,
+    "alignment": 5, "oscillation": 5, "entropy_report": 5, "entropy_view": 5, "grokking": 5, "reading": 5,
+    "prune_report": 5, "reproduce_report": 5,
+    "layer_sums": 6, "prune_view": 6, "prune_curves": 6,
+    "measuring": 7, "prune_modular": 7,
+    "entropy_run": 8, "prune_checkpoint": 8, "reproduce_grok": 8,
+    "prune_run": 9, "reproduce_run": 9,
+    "cli": 10,
+    "__main__": 11,
 }  # fmt: skip
 # A report is declared below what fills it, so that reading about it needs no torch: the way up is taken when called.
-LAZILY_UPWARDS = {("entropy_report", "entropy_run")}
+LAZILY_UPWARDS = {
+    ("entropy_report", "entropy_run"),
+    ("prune_report", "prune_run"),
+    ("reproduce_report", "reproduce_run"),
+    ("reproduce_report", "reproduce_grok"),
+}
 WITHOUT_TORCH = [
     "memdiag", "memdiag.errors", "memdiag.tables", "memdiag.progress", "memdiag.dataset", "memdiag.tasks",
     "memdiag.spectrum", "memdiag.entropy_report", "memdiag.entropy_view", "memdiag.cli", "memdiag.checkpoint.steps",
+    "memdiag.modular", "memdiag.drawing", "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report",
 ]  # fmt: skip
 
 
@@ -170,4 +179,7 @@ def test_what_must_start_quickly_does_not_import_torch():
 def test_the_python_api_names_what_it_lacks():
     with pytest.raises(AttributeError, match="has no attribute 'entropie'"):
         memdiag.entropie  # noqa: B018
-    assert set(memdiag.__all__) <= {*dir(memdiag), "Report", "entropy", "read"}
+    lazy = {"Pruned", "Report", "Reproduced", "entropy", "prune_memorizers", "read", "reproduce"}
+    assert set(memdiag.__all__) <= {*dir(memdiag), *lazy}
+    for name in memdiag.__all__:
+        assert getattr(memdiag, name) is not None

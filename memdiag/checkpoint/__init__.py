@@ -18,14 +18,14 @@ from memdiag.checkpoint import steps as _steps
 from memdiag.checkpoint import weights as _weights
 from memdiag.checkpoint.saving import save
 from memdiag.checkpoint.steps import inner_steps
-from memdiag.checkpoint.tokens import open_tokenizer, pad_id
+from memdiag.checkpoint.tokens import open_tokenizer, pad_id, tokenizer_fingerprint
 from memdiag.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "inner_steps", "open_checkpoints", "pad_id", "save"]
+__all__ = ["Checkpoint", "inner_steps", "open_checkpoints", "pad_id", "save", "tokenizer_fingerprint"]
 
 KNOWN = (
     "a directory with config.json and safetensors, a run of those (checkpoint-500, step_500, ...), "

@@ -45,6 +45,7 @@ def _write(directory: Path, model: nn.Module, tokenizer: Any, task: str | None) 
 
     from memdiag.checkpoint.guard import quiet
     from memdiag.models.mlp import MLP
+    from memdiag.models.transformer import Transformer
 
     config_file = directory / "config.json"
     if isinstance(model, PreTrainedModel):
@@ -54,7 +55,7 @@ def _write(directory: Path, model: nn.Module, tokenizer: Any, task: str | None) 
     else:
         stored = _write_weights(directory, model)
         dtype = str(next(iter(stored.values())).dtype).removeprefix("torch.")
-        config = model.config.to_json() | {"dtype": dtype} if isinstance(model, MLP) else None
+        config = model.config.to_json() | {"dtype": dtype} if isinstance(model, MLP | Transformer) else None
     if config is not None:
         config |= {} if task is None else {"memdiag_task": task}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

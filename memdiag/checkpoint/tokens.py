@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,3 +61,12 @@ def pad_id(model: Any, tokenizer: Any = None) -> int:
         if type(found) is int and found >= 0 and (type(vocab_size) is not int or found < vocab_size):
             return found
     return 0
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """sha256 of what the tokenizer does to text; None for none."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -18,6 +18,9 @@ Checkpoint = Annotated[
         metavar="CKPT", help="A checkpoint, or a run: a directory of checkpoints (checkpoint-500, step_500, 500)."
     ),
 ]
+MaybeCheckpoint = Annotated[
+    str | None, argument(metavar="[CKPT]", help="A checkpoint. Default: train on modular arithmetic, and keep it.")
+]
 Data = Annotated[
     str | None,
     option("--data", "-d", help="Parquet, JSONL, CSV, .npz, .safetensors, text, save_to_disk directory, or task:NAME."),
@@ -40,6 +43,7 @@ MaxLength = Annotated[
 Limit = Annotated[int | None, option(help="Only the first N examples.")]
 Seed = Annotated[int, option(help="Seed of everything random.")]
 Out = Annotated[Path, option("--out", "-o", help="The report to write.")]
+OutDirectory = Annotated[Path, option("--out", "-o", help="The directory to write to.")]
 Device = Annotated[str, option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, option(help="auto (the checkpoint's own), float32, float64, bfloat16, float16.")]
 BatchSize = Annotated[

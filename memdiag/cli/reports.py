@@ -5,14 +5,24 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from memdiag.cli import options as o
+
+if TYPE_CHECKING:
+    from memdiag.progress import Progress
+    from memdiag.tables import Report
 
 # Where each report's rows are declared; these modules import without torch.
 ROWS = {
     "entropy": "memdiag.entropy_report:EntropyRow",
     "entropy.gradients": "memdiag.entropy_report:GradientRow",
+    "prune-memorizers.pruning": "memdiag.prune_report:PruningRow",
+    "prune-memorizers.neurons": "memdiag.prune_report:NeuronRow",
+    "prune-memorizers.dynamics": "memdiag.prune_report:DynamicsRow",
+    "prune-memorizers.filtration": "memdiag.prune_report:FiltrationRow",
+    "reproduce.claims": "memdiag.reproduce_report:ClaimRow",
+    "reproduce.phases": "memdiag.reproduce_report:PhaseRow",
 }
 
 
@@ -77,7 +87,8 @@ def print_schema(columns: list[dict[str, Any]], meta: dict[str, Any] | None) -> 
 def rerun(
     report: Annotated[Path, o.argument(metavar="REPORT", help="A report of memdiag.")],
     out: Annotated[
-        Path | None, o.option("--out", "-o", help="Where the new report goes. Default: NAME.rerun.parquet.")
+        Path | None,
+        o.option("--out", "-o", help="Where it goes. Default: NAME.rerun.parquet, or directory NAME.rerun."),
     ] = None,
     force: o.Force = False,
     as_json: o.AsJson = False,
@@ -90,24 +101,40 @@ def rerun(
     """
     from memdiag import tables
     from memdiag.cli.measure import begin, is_first
-    from memdiag.entropy_report import options_of
+    from memdiag.progress import Progress
 
     begin(online=online, quiet=quiet)
     old = tables.read(report)
-    checkpoint, settings = options_of(old)
-    out = out or report.with_name(f"{report.stem}.rerun.parquet")
-    from memdiag import entropy_report
-    from memdiag.progress import Progress
-
     with Progress(show=not quiet and is_first()) as progress:
-        new = entropy_report.measure(checkpoint, settings, out=out, force=force, progress=progress)
-    if new.path is None:  # another rank writes and shows it
+        made = _again(old, report, out, force=force, progress=progress)
+    if made is None:  # another rank writes and shows it
         return
+    new, path = made
     differing = tables.differing(old, new)
     if as_json:
-        print(json.dumps({"report": str(out), "same": not differing, "differing": differing}))
+        print(json.dumps({"report": str(path), "same": not differing, "differing": differing}))
     elif quiet:
-        print(out)
+        print(path)
     else:
-        print(out)
+        print(path)
         print("the same rows" if not differing else f"differs in {', '.join(differing)}")
+
+
+def _again(old: Report, path: Path, out: Path | None, *, force: bool, progress: Progress) -> tuple[Report, Path] | None:
+    """The same run once more: the new report of the same name, and what was written."""
+    kind = str(old.meta.get("report"))
+    if kind.startswith("prune-memorizers."):
+        from memdiag import prune_report
+
+        given, options = prune_report.options_of(old)
+        folder = path.absolute().parent
+        target = out or folder.with_name(f"{folder.name}.rerun")
+        found = prune_report.measure(given, options, out=target, force=force, progress=progress)
+        again: Report = getattr(found, kind.removeprefix("prune-memorizers."))
+        return again, target
+    from memdiag import entropy_report
+
+    checkpoint, settings = entropy_report.options_of(old)
+    target = out or path.with_name(f"{path.stem}.rerun.parquet")
+    report = entropy_report.measure(checkpoint, settings, out=target, force=force, progress=progress)
+    return None if report.path is None else (report, target)

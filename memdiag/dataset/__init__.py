@@ -168,18 +168,21 @@ class Dataset:
     # --- examples
 
     def _example(self, row: int, found: Mapping[str, Any], max_length: int | None, vocab_size: int | None) -> Example:
-        label = self._value(row, "label", found["label"]) if self.has_labels else None
+        label, truth, true_label = (
+            self._value(row, role, found[role]) if role in self.columns else None
+            for role in ("label", "truth", "true_label")
+        )
         example_id = self._value(row, "id", found["id"]) if "id" in self.columns else str(row)
         if self.kind == "features":
             features = self._value(row, "features", found["features"], self._shape)
-            return Example(row, example_id, None, features, label, False)
+            return Example(row, example_id, None, features, label, False, truth, true_label)
         ids = self._value(row, "input_ids", found["input_ids"], vocab_size)
         if "attention_mask" in found:
             ids = ids[self._value(row, "attention_mask", found["attention_mask"], len(ids))]
             if not len(ids):
                 raise self._fault(row, "attention_mask", "is all 0: no token is left")
         truncated = max_length is not None and len(ids) > max_length
-        return Example(row, example_id, ids[:max_length], None, label, truncated)
+        return Example(row, example_id, ids[:max_length], None, label, truncated, truth, true_label)
 
     @cached_property
     def _shape(self) -> tuple[int, ...]:
@@ -259,6 +262,8 @@ _CONVERT: dict[str, Callable[..., Any]] = {
     "text": cells.as_text,
     "id": cells.as_id,
     "label": cells.as_label,
+    "true_label": cells.as_label,
+    "truth": cells.as_truth,
     "input_ids": cells.as_input_ids,
     "attention_mask": cells.as_mask,
     "features": cells.as_features,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ class Example:
     features: NDArray[np.float32] | None  # finite, the same shape in every row
     label: int | None
     truncated: bool  # input_ids were longer than max_length
+    truth: bool | None = None  # whether it is suspect, if the dataset says so
+    true_label: int | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -47,6 +50,8 @@ class Batch:
     features: NDArray[np.float32] | None  # (b, ...)
     labels: NDArray[np.int64] | None  # (b,)
     truncated: int  # examples of the batch that were cut to max_length
+    truth: NDArray[np.bool_] | None = None  # (b,)
+    true_labels: NDArray[np.int64] | None = None  # (b,)
 
 
 def batches(
@@ -87,15 +92,20 @@ def batches(
 def collate(group: list[Example], *, pad_id: int = 0) -> Batch:
     """One batch of examples that all have input_ids, or all have features of one shape."""
     ids, mask = _pad([e.input_ids for e in group if e.input_ids is not None], pad_id)
-    labels = [e.label for e in group if e.label is not None]
+
+    def of_all(values: list[Any], dtype: Any) -> NDArray[Any] | None:
+        return None if any(value is None for value in values) else np.array(values, dtype=dtype)
+
     return Batch(
         example_ids=[e.example_id for e in group],
         rows=np.array([e.row for e in group], dtype=np.int64),
         input_ids=ids,
         mask=mask,
         features=None if ids is not None else np.stack([e.features for e in group if e.features is not None]),
-        labels=np.array(labels, dtype=np.int64) if len(labels) == len(group) else None,
+        labels=of_all([e.label for e in group], np.int64),
         truncated=sum(e.truncated for e in group),
+        truth=of_all([e.truth for e in group], np.bool_),
+        true_labels=of_all([e.true_label for e in group], np.int64),
     )
 
 

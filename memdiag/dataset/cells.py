@@ -37,8 +37,10 @@ def from_text(role: str, value: str) -> Any:
         return value if value or role == "text" else None
     if not value.strip():
         return None
+    if role == "truth":
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
     try:
-        if role == "label" or value.lstrip().startswith("["):
+        if role in ("label", "true_label") or value.lstrip().startswith("["):
             return int(value) if value.strip().isdigit() else json.loads(value)
         return [json.loads(item) for item in value.split()]
     except (ValueError, RecursionError):
@@ -80,6 +82,15 @@ def as_label(value: Any) -> int:
     if not INT64.min <= int(value) <= INT64.max:
         raise ValueError("does not fit into 64 bits")
     return int(value)
+
+
+def as_truth(value: Any) -> bool:
+    """True or False; numbers are refused, since 2 could be either."""
+    if value is None:
+        raise ValueError("is null; wanted true or false")
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"is {found(value)}; wanted true or false")
+    return bool(value)
 
 
 def as_input_ids(value: Any, vocab_size: int | None = None) -> NDArray[np.int64]:

@@ -9,8 +9,9 @@ from torch import nn
 
 from memdiag.errors import InputError, unknown
 from memdiag.models.mlp import MLP, MlpConfig
+from memdiag.models.transformer import Transformer, TransformerConfig
 
-MODEL_TYPES = ("memdiag-mlp",)
+MODEL_TYPES = ("memdiag-mlp", "memdiag-transformer")
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -26,6 +27,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     if model_type not in MODEL_TYPES:
         raise unknown("model_type", str(model_type), MODEL_TYPES)
     try:
-        return MLP(MlpConfig.from_json(config))
+        if model_type == "memdiag-mlp":
+            return MLP(MlpConfig.from_json(config))
+        return Transformer(TransformerConfig.from_json(config))
     except ValueError as error:
         raise InputError(f"{model_type}: {error}") from None

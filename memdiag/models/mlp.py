@@ -37,39 +37,51 @@ class MlpConfig:
     widths: tuple[int, ...]  # input features, hidden layers, outputs
     activation: str = "relu"
     bias: bool = True
+    norm: str = "none"  # none, batch or layer, after the activation
+    dropout: float = 0.0  # before the activation
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.widths) <= MAX_LAYERS:
             raise ValueError(f"widths must be 2 to {MAX_LAYERS} numbers (inputs ... outputs), got {len(self.widths)}")
-        if not all(type(width) is int and 0 < width < 2**31 for width in self.widths):
+        if not all(type(width) is int and 0 < width < 2**30 for width in self.widths):  # a matrix's bytes fit int64
             raise ValueError(f"widths must be whole numbers > 0, got {str(list(self.widths))[:80]}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {str(self.activation)[:40]!r}")
         if not isinstance(self.bias, bool):
             raise ValueError(f"bias must be true or false, got {str(self.bias)[:40]!r}")
+        if self.norm not in ("none", *NORMS):
+            raise ValueError(f"norm must be one of none, {', '.join(NORMS)}, got {str(self.norm)[:40]!r}")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {str(self.dropout)[:40]}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> MlpConfig:
         """The settings found in a parsed config.json. Raises ValueError where they make no MLP."""
-        widths, activation = config.get("widths"), config.get("activation", "relu")
-        if not isinstance(widths, list) or not isinstance(activation, str):
-            raise ValueError("its config must hold widths (a list of numbers) and activation (a name)")
-        return cls(tuple(widths), activation, config.get("bias", True))
+        widths, activation, norm = config.get("widths"), config.get("activation", "relu"), config.get("norm", "none")
+        if not isinstance(widths, list) or not isinstance(activation, str) or not isinstance(norm, str):
+            raise ValueError("its config must hold widths (a list of numbers), activation and norm (names)")
+        return cls(tuple(widths), activation, config.get("bias", True), norm, config.get("dropout", 0.0))
 
     def to_json(self) -> dict[str, Any]:
-        """What config.json holds, but for the task and the dtype."""
+        """What config.json holds, but for the task and the dtype; a norm and dropout only where there are any."""
         return {
             "model_type": "memdiag-mlp",
             "widths": list(self.widths),
             "activation": self.activation,
             "bias": self.bias,
+            **({"norm": self.norm} if self.norm != "none" else {}),
+            **({"dropout": self.dropout} if self.dropout else {}),
         }
+
+
+NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 class MLP(nn.Module):
     """Linear layers with one activation between each two: linear_1, act_1, linear_2, ... linear_L.
 
-    The activation is a module of its own, so that a hook on `act_l` sees the neurons of hidden layer l.
+    The activation is a module of its own, so that a hook on `act_l` sees the neurons of hidden layer l. Where the
+    config asks for them, `drop_l` comes before it and `norm_l` after it.
     """
 
     def __init__(self, config: MlpConfig) -> None:
@@ -79,8 +91,13 @@ class MLP(nn.Module):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for layer, (n_in, n_out) in enumerate(pairwise(config.widths), start=1):
             layers[f"linear_{layer}"] = nn.Linear(n_in, n_out, bias=config.bias)
-            if layer < n_layers:
-                layers[f"act_{layer}"] = ACTIVATIONS[config.activation]()
+            if layer == n_layers:
+                break
+            if config.dropout:
+                layers[f"drop_{layer}"] = nn.Dropout(config.dropout)
+            layers[f"act_{layer}"] = ACTIVATIONS[config.activation]()
+            if config.norm != "none":
+                layers[f"norm_{layer}"] = NORMS[config.norm](n_out)
         self.layers = nn.Sequential(layers)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The built-in datasets: `task:NAME?key=value&key=value`.
 
 A task is a file here with one function, `rows`: its keyword arguments are the task's keys, their defaults
-give the types, and it yields rows as plain dicts (column -> value), the same rows on every call.
+give the types, and it yields rows as plain dicts (column -> value), the same rows on every call. A task's name is
+its file's, with hyphens.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ class Task:
     """A task with all its keys settled."""
 
     name: str  # canonical: every key, sorted, e.g. task:pydoc?chars=1000
+    values: dict[str, Any]  # key -> value
+    given: frozenset[str]  # the keys that were named; the others have their defaults
     rows: Callable[[], Iterator[dict[str, Any]]]
 
 
 def names() -> list[str]:
     """The tasks there are: the files of this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def load(spec: str) -> Task:
@@ -41,11 +44,13 @@ def load(spec: str) -> Task:
     name, _, query = spec.removeprefix(PREFIX).partition("?")
     if name not in names():
         raise unknown("task", name, names())
-    function = importlib.import_module(f"{__name__}.{name}").rows
+    function = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").rows
     values = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
-    values |= _given(name, query, values)
+    given = _given(name, query, values)
+    values |= given
     canonical = "&".join(f"{key}={_written(values[key])}" for key in sorted(values))
-    return Task(name=f"{PREFIX}{name}" + (f"?{canonical}" if canonical else ""), rows=lambda: function(**values))
+    full = f"{PREFIX}{name}" + (f"?{canonical}" if canonical else "")
+    return Task(full, values, frozenset(given), lambda: function(**values))
 
 
 def _given(name: str, query: str, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""The command that asks whether a paper holds here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from memdiag.cli import options as o
+from memdiag.cli.measure import begin, print_plan
+
+
+def reproduce(
+    name: Annotated[str, o.argument(metavar="NAME", help="The paper: grok.")],
+    preset: Annotated[
+        str, o.option(help="smoke: smaller networks, two minutes; paper: the paper's settings, most of an hour.")
+    ] = "smoke",
+    seeds: Annotated[
+        str, o.option(metavar="0,1,2", help="Networks of each setting; at least 3 for intervals.")
+    ] = "0,1,2",
+    out: Annotated[
+        Path | None, o.option("--out", "-o", help="The directory to write to. Default: reproduce-NAME.")
+    ] = None,
+    only: Annotated[str | None, o.option(metavar="CLAIM,CLAIM", help="Only these claims, by name.")] = None,
+    no_map: Annotated[bool, o.option("--no-map", help="Leave out the phase map and the claims about it.")] = False,
+    dtype: Annotated[
+        str, o.option(help="float32, or bfloat16: faster where the step has a closed form and the CPU matrix units.")
+    ] = "float32",
+    plot: Annotated[Path | None, o.option(help="Draw the phase map to this .png or .svg.")] = None,
+    force: o.Force = False,
+    dry_run: o.DryRun = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    show: o.Show = False,
+    online: o.Online = False,
+) -> None:
+    """Does the paper hold here? Trains its networks, and puts each claim beside the paper's figure and a control.
+
+    grok: Doshi et al. 2023, "To grok or not to grok", arXiv:2310.13061.
+
+    Example: memdiag reproduce grok --plot phases.png
+    """
+    begin(online=online, quiet=quiet)
+    from memdiag import drawing, reproduce_report, reproduce_view
+    from memdiag.progress import Progress
+
+    settings = reproduce_report.ReproduceOptions(preset=preset, seeds=seeds, only=only, no_map=no_map, dtype=dtype)
+    if dry_run:
+        print_plan(reproduce_report.plan(name, settings), as_json=as_json)
+        return
+    if plot is not None:
+        drawing.check_plot(plot)
+        reproduce_view.check_map(settings)
+    with Progress(show=not quiet) as progress:
+        place = out or Path(f"reproduce-{name}")
+        found = reproduce_report.measure(name, settings, out=place, force=force, progress=progress)
+    if plot is not None:
+        reproduce_view.plot(found, plot)
+    if as_json:
+        print(json.dumps(reproduce_view.summary(found) | ({"plot": str(plot)} if plot else {})))
+    elif (sys.stdout.isatty() or show) and not quiet:
+        reproduce_view.print_table(found)
+    else:
+        print(found.path)
