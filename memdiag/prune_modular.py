@@ -150,6 +150,7 @@ def of_seed(setting: Setting, options: PruneOptions, seed: int, advance: Callabl
         "n_neurons": model.config.widths[1],
         "n_dead": int(scores["dead"].sum()),
         "ipr_low_mid_high": ipr_classes(scores["ipr"], pairs, model.config.activation),
+        "ipr_null": fourier.null_quantile(_curve_length(pairs), keep_dc=model.config.activation == "square"),
         "mean_ipr": dynamics[-1]["mean_ipr"],
         "rule": arms.rule,
         **headline(rows, options.rank_by),
@@ -228,10 +229,13 @@ def pruned(model: MLP, arms: Arms) -> MLP:
     return smaller
 
 
+def _curve_length(pairs: Pairs) -> int:
+    return pairs.p - (pairs.operation == "multiplication")  # 0 has no logarithm
+
+
 def ipr_classes(ipr: Any, pairs: Pairs, activation: str) -> list[int]:
     """How many neurons are not periodic, in between, and periodic; dead ones are neither."""
-    length = pairs.p - (pairs.operation == "multiplication")
-    low = fourier.low_below(length, keep_dc=activation == "square")
+    low = fourier.low_below(_curve_length(pairs), keep_dc=activation == "square")
     values = ipr[~np.isnan(ipr)]
     high = int((values >= fourier.HIGH).sum())
     n_low = int((values < low).sum())

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from memdiag import tables
-from memdiag.errors import InputError, unknown
+from memdiag.errors import InputError, one_line, unknown
 from memdiag.progress import Progress
 from memdiag.tables import column
 
@@ -252,6 +252,10 @@ class PruneOptions:
             raise InputError("--n and --fraction both say how many neurons go; give one of them")
         if self.draws < 20:
             raise InputError(f"--draws must be at least 20, so that a 5 to 95 % band means something, got {self.draws}")
+        for name in ("draws", "points"):
+            value = getattr(self, name)
+            if value is not None and value > 10_000:
+                raise InputError(f"--{name} must be at most 10000, got {one_line(str(value), 40)}")
         for name in ("points", "max_length", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

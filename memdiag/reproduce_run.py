@@ -148,7 +148,6 @@ def _one(job: Job, advance: Callable[[int], None]) -> None:
     """Train one network and write its row, with its figures in the metadata."""
     network, seed, directory = job
     row, figures = reproduce_grok.measured(network, seed, advance)
-    advance(0)  # ends here if the command was killed, and may be writing the same part again
     meta = {"report": PhaseRow.report, "part": _part(network, seed), "figures": figures}
     tables.write(directory / f"{_file(network, seed)}.parquet", PhaseRow, [[row]], meta)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -36,35 +38,41 @@ def each(function: Callable[[Item, Callable[[int], None]], None], items: Sequenc
             function(item, progress.advance)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in whatever state they are
-    done, stop = context.Value("q", 0), context.Event()
+    # without locks, which a process that is killed would take with it
+    done, stop = context.RawArray("q", len(items)), context.RawValue("b", 0)
     with ProcessPoolExecutor(n, context, _begin, (done, stop, os.getpid())) as pool:
         try:
-            waiting = {pool.submit(_call, function, item) for item in items}
+            waiting = {pool.submit(_call, function, i, item) for i, item in enumerate(items)}
             said = 0
             while waiting:
                 finished, waiting = wait(waiting, timeout=POLL_S)
-                progress.advance(done.value - said)
-                said = done.value
+                now = sum(done)
+                progress.advance(now - said)
+                said = now
                 for future in finished:
                     future.result()
         except BrokenProcessPool:
             raise IncompleteError("a worker process died; run the same command again to go on") from None
         finally:
-            stop.set()  # whoever is still at work ends at its next step
+            stop.value = 1  # whoever is still at work ends
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin(done: Any, stop: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    _shared.update(done=done, stop=stop, parent=parent)
+    _shared.update(done=done)
+    threading.Thread(target=_leave, args=(stop, parent), daemon=True).start()
 
 
-def _call(function: Callable[[Any, Callable[[int], None]], None], item: Any) -> None:
-    function(item, _advance)
+def _leave(stop: Any, parent: int) -> None:
+    """End this process, whatever it is doing, once nobody waits for it: also if its parent was killed."""
+    while os.getppid() == parent and not stop.value:
+        time.sleep(POLL_S)
+    os._exit(1)
 
 
-def _advance(n: int) -> None:
-    if _shared["stop"].is_set() or os.getppid() != _shared["parent"]:
-        os._exit(1)  # nobody waits for what this would give
-    with _shared["done"].get_lock():
-        _shared["done"].value += n
+def _call(function: Callable[[Any, Callable[[int], None]], None], index: int, item: Any) -> None:
+    def advance(n: int) -> None:
+        _shared["done"][index] += n
+
+    function(item, advance)

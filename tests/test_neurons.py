@@ -422,6 +422,15 @@ def also_put_out(m: Any, x: Tensor) -> Tensor:
     return m.b(h) + h[:, :3]
 
 
+def hardly_mixed(y: Tensor) -> Tensor:
+    return y + y.tanh() / 10 + y.roll(1, 1) / 999
+
+
+def also_centred(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.b(h.relu()) + m.c(h - h.mean(1, keepdim=True))  # of which the sum has no slope at all
+
+
 def linear(**shapes: tuple[int, int]) -> dict[str, nn.Module]:
     return {name: nn.Linear(*shape) for name, shape in shapes.items()}
 
@@ -429,6 +438,7 @@ def linear(**shapes: tuple[int, int]) -> dict[str, nn.Module]:
 REFUSED = {
     "read twice": (two_readers, linear(a=(5, 6), b=(6, 3), c=(6, 3)), "b", "of a is also used by c"),
     "put out": (also_put_out, linear(a=(5, 6), b=(6, 3)), "b", "of a is also used by the model's output"),
+    "centred": (also_centred, linear(a=(5, 8), b=(8, 3), c=(8, 3)), "b", "of a is also used by c"),
     "softmax": (
         lambda m, x: m.b(m.a(x).softmax(-1)), linear(a=(5, 6), b=(6, 3)), "b", "mixes those of a"
     ),
@@ -438,6 +448,9 @@ REFUSED = {
     "scaled": (lambda m, x: m.b(3 * m.a(x) - 1), linear(a=(5, 6), b=(6, 3)), "b", "an affine function of"),
     "with features": (
         lambda m, x: m.b(torch.cat([m.a(x).relu(), x], 1)), linear(a=(5, 6), b=(11, 3)), "b", "mixes those of a"
+    ),
+    "hardly mixed": (
+        lambda m, x: m.b(hardly_mixed(m.a(x))), linear(a=(5, 6), b=(6, 3)), "b", "mixes those"
     ),
     "reversed": (lambda m, x: m.b(m.a(x).relu().flip(1)), linear(a=(5, 6), b=(6, 3)), "b", "mixes those of a"),
     "other examples": (
@@ -480,6 +493,29 @@ def test_positions_of_a_linear_layer_must_not_be_mixed() -> None:
         neurons.sites_of(shifted, features(4, 7, 5))
     picked = Fn(lambda m, x: m.b(m.a(x).relu()[:, 2]), **linear(a=(5, 6), b=(6, 3)))
     assert [s.name for s in neurons.sites_of(picked, features(4, 7, 5))[0]] == ["b"]
+
+
+def test_a_gate_may_be_the_same_at_all_positions() -> None:
+    layers = linear(a=(5, 6), gate=(5, 6), b=(6, 3))
+    model = Fn(lambda m, x: m.b(m.a(x).relu() * m.gate(x.mean(1, keepdim=True)).sigmoid()).mean(1), **layers)
+    assert [s.producers for s in neurons.sites_of(model, features(4, 7, 5))[0]] == [("a", "gate")]
+    why = {s.name: s.why for s in neurons.sites_of(built("excite"), IMAGES)[1]}
+    assert why["two"] == "what it reads of one is also used by squeeze"
+
+
+def test_positions_must_be_those_of_the_tokens() -> None:
+    layers = {"embed": nn.Embedding(VOCABULARY, 5), **linear(a=(5, 6), b=(6, 3))}
+    every_other = Fn(lambda m, tokens: m.b(m.a(m.embed(tokens)[:, ::2]).relu()).mean(1), **layers)
+    with pytest.raises(InputError, match="4 positions where the batch has 8 tokens"):
+        neurons.sites_of(every_other, texts(8, 8))
+
+
+def test_a_layer_that_is_called_on_two_layouts_is_no_site() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return (m.b(m.a(x).relu()) + m.b(m.a(x.transpose(0, 1)).relu()).transpose(0, 1)).mean(1)
+
+    with pytest.raises(InputError, match="b: what it reads is not made alike in all its calls"):
+        neurons.sites_of(Fn(forward, **linear(a=(5, 6), b=(6, 3))), features(4, 7, 5))
 
 
 def test_weights_that_others_share_or_that_are_computed_are_left_alone() -> None:
@@ -535,6 +571,9 @@ def test_examples_are_where_they_are_even_if_there_are_as_many_as_tokens() -> No
         inputs = texts(*[n] * n)
         assert [s.axis for s in neurons.sites_of(built("positions first"), inputs)[0]] == [1, 1]
         assert [s.axis for s in neurons.sites_of(built("encoder"), inputs)[0]] == [0, 0]
+    assert [s.axis for s in neurons.sites_of(built("positions first"), texts(9))[0]] == [1, 1]
+    turned = Fn(lambda m, x: m.b(m.a(x.transpose(0, 1)).relu()).mean(0), **linear(a=(5, 6), b=(6, 3)))
+    assert [s.axis for s in neurons.sites_of(turned, features(1, 7, 5))[0]] == [1]
 
 
 def test_activations_that_are_not_finite_are_told() -> None:
@@ -626,6 +665,19 @@ def test_zeroed_weights_do_what_the_mask_does(name: str) -> None:
         assert not incoming[which].any()
         if name != "separable":  # where one site's reader is the next one's producer, unit for unit
             assert incoming[~which].all()
+
+
+def test_what_enters_and_leaves_a_neuron_becomes_zero_and_nothing_else() -> None:
+    model, sites = own("mlp")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    neurons.zero_(model, sites[:1], [torch.arange(7) == 2])
+    for name, p in model.named_parameters():
+        expected = before[name]
+        if name.startswith("layers.linear_1"):
+            expected[2] = 0
+        if name == "layers.linear_2.weight":
+            expected[:, 2] = 0
+        assert torch.equal(p, expected)
 
 
 def test_masks_are_factors_by_hand() -> None:
@@ -904,6 +956,52 @@ def test_other_dtypes_give_the_same_to_their_precision(dtype: torch.dtype) -> No
             assert (a - b).norm() < close * b.norm()
     if dtype == torch.float64:
         torch.testing.assert_close(found.margin, wanted.margin, atol=1e-5, rtol=1e-4)
+
+
+def half_a_model(dtype: torch.dtype, first: float, last: float) -> tuple[nn.Module, Site]:
+    """One neuron, which reads a 1 and adds to the first of two logits."""
+    model = MLP(MlpConfig((1, 1, 2), bias=False)).to(dtype)
+    with torch.no_grad():
+        model.layers.linear_1.weight.fill_(first)
+        model.layers.linear_2.weight.copy_(torch.tensor([[last], [0]]))
+    return model, Site("layers.linear_2", model.layers.linear_2, ("layers.linear_1",), 1)
+
+
+def test_half_precision_does_not_swallow_small_contributions() -> None:
+    inputs = Inputs(None, None, torch.ones(1, 1), torch.tensor([0]))
+    model, site = half_a_model(torch.float16, 2**-13, 2**-13)
+    small = neurons.margin_contributions(model, Inputs(None, None, torch.ones(1, 1).half(), inputs.labels), [site])
+    assert small.margin[0].item() == 2**-26  # less than the least float16 above 0
+    model, site = half_a_model(torch.bfloat16, 1, 8)
+    sure = neurons.margin_contributions(model, Inputs(None, None, torch.ones(1, 1).bfloat16(), inputs.labels), [site])
+    assert sure.loss[0].item() == pytest.approx(8 / (1 + math.exp(8)), rel=0.01)  # where p is 1 in bfloat16
+
+
+def test_a_padding_id_outside_the_vocabulary_is_no_target() -> None:
+    model = flattened_tokens()
+    model.embed = nn.Embedding(VOCABULARY + 1, 8)
+    inputs = texts(6, 3)
+    sites, _ = neurons.sites_of(model, inputs)
+    expected = neurons.margin_contributions(model, inputs, sites)
+    padded = Inputs(inputs.tokens.masked_fill(~inputs.mask, VOCABULARY), inputs.mask, None, None)
+    torch.testing.assert_close(neurons.margin_contributions(model, padded, sites).loss, expected.loss)
+
+
+def test_what_is_changed_after_it_was_read_counts_as_it_was_read() -> None:
+    def forward(m: Any, x: Tensor, *, later: bool = True) -> Tensor:
+        h = F.gelu(m.a(x))
+        z = m.b(h)
+        if later:
+            h.mul_(100)
+        return z
+
+    layers = linear(a=(5, 6), b=(6, 3))
+    changing = Fn(forward, **layers).requires_grad_(False)
+    keeping = Fn(functools.partial(forward, later=False), **layers).requires_grad_(False)
+    sites, _ = neurons.sites_of(changing, TABLE)
+    found, expected = (neurons.margin_contributions(m, TABLE, sites) for m in (changing, keeping))
+    assert torch.equal(found.margin[0], expected.margin[0])
+    assert torch.equal(found.activation[0], expected.activation[0])
 
 
 def test_weights_that_want_gradients_get_none_and_a_training_model_is_not_trained() -> None:

@@ -90,6 +90,7 @@ def test_both_kinds_of_neuron_coexist() -> None:
     low, middle, high = about["ipr_low_mid_high"]
     assert high == pytest.approx(89, abs=8)
     assert low + middle + high + about["n_dead"] == 256
+    assert about["ipr_null"] == pytest.approx(0.107, abs=0.006)  # the 99.99 % point of noise for p = 59
 
 
 def test_low_ipr_neurons_are_what_holds_the_corrupted_labels() -> None:

@@ -46,8 +46,8 @@ def main(
 ) -> None:
     """What a neural network memorized, where it sits, whether it matters, and whether a fix worked.
 
-    Every command reads a checkpoint and a dataset and writes one Parquet report. Every option has an environment
-    variable: MEMDIAG_ENTROPY_ALPHA is --alpha of memdiag entropy.
+    Every command writes Parquet reports. Every option has an environment variable: MEMDIAG_ENTROPY_ALPHA is --alpha of
+    memdiag entropy.
 
     Example: memdiag entropy runs/my-model --data texts.jsonl
     """
