@@ -74,7 +74,9 @@ def task_keys() -> str:
 
     rows = ["| task | keys and defaults |", "| --- | --- |"]
     for name in tasks.names():
-        keys = inspect.signature(importlib.import_module("memdiag.tasks." + name.replace("-", "_")).rows).parameters.values()
+        keys = inspect.signature(
+            importlib.import_module("memdiag.tasks." + name.replace("-", "_")).rows
+        ).parameters.values()
         rows.append(f"| `task:{name}` | {', '.join(f'`{key.name}={key.default}`' for key in keys)} |")
     return "\n".join(rows)
 

@@ -28,6 +28,10 @@ from memdiag.modular import Pairs, discrete_log_order
 BETAS, EPS = (0.9, 0.98), 1e-8
 CHANCE_MARGIN = 0.04  # agreement with redrawn labels of up to 1/p + this is chance
 ACTIVATIONS = ("square", "relu")
+TILE = {
+    torch.float32: 588,
+    torch.bfloat16: 2352,
+}  # pairs: of 500 neurons, one to two megabytes for each of h, a and d_h
 ORDER_SEED = 2**32  # added to the seed for batches and dropout, so that they are no copy of the initial weights
 
 
@@ -81,26 +85,40 @@ class Training:
 
 
 @dataclass(frozen=True, eq=False)
-class Design:
-    """Training pairs as the step wants them."""
+class Tile:
+    """Some of the training pairs, as the step wants them."""
 
     operands: Tensor  # (i, 2) int64: m and p + n
     labels: Tensor  # (i,) int64
     of_operand: Tensor  # (2 i,) int64: the pairs that hold operand 0, those that hold operand 1, …
     starts: Tensor  # (e,) int64: where each operand's pairs begin
     onehot: Tensor | None  # (i, e) bfloat16: S, two ones a row
+    onehot_t: Tensor | None  # (e, i) its transpose, in memory of its own: products read along rows
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """The training pairs in tiles, each small enough that what is computed for it stays in the cache."""
+
+    tiles: list[Tile]
+    n: int
 
     @classmethod
     def of(cls, operands: Tensor, labels: Tensor, p: int, dtype: torch.dtype) -> Design:
-        """From operands (i, 2) in [0, p) and labels (i,)."""
-        at = operands + torch.tensor([0, p])
-        e = at.T.flatten()
-        of_operand = torch.argsort(e, stable=True) % len(at)
-        starts = torch.bincount(e, minlength=2 * p).cumsum(0).roll(1)
-        starts[0] = 0
-        # on matrix units a product with zeros is faster than fetching rows
-        onehot = F.one_hot(at, 2 * p).sum(1).to(dtype) if dtype == torch.bfloat16 else None
-        return cls(at, labels, of_operand, starts, onehot)
+        """From operands (i, 2) in [0, p) and labels (i,); in bfloat16, products are matrix products."""
+        at, size = operands + torch.tensor([0, p]), TILE[dtype]
+        tiles = [_tile(at[i : i + size], labels[i : i + size], p, dtype) for i in range(0, len(at), size)]
+        return cls(tiles, len(at))
+
+
+def _tile(at: Tensor, labels: Tensor, p: int, dtype: torch.dtype) -> Tile:
+    of_operand = torch.argsort(at.T.flatten(), stable=True) % len(at)
+    starts = torch.bincount(at.flatten(), minlength=2 * p).cumsum(0).roll(1)
+    starts[0] = 0
+    if dtype != torch.bfloat16:
+        return Tile(at, labels, of_operand, starts, None, None)
+    onehot = F.one_hot(at, 2 * p).sum(1).to(dtype)  # on matrix units, zeros cost less than fetching rows
+    return Tile(at, labels, of_operand, starts, onehot, onehot.T.contiguous())
 
 
 def loss_and_gradients(
@@ -115,34 +133,37 @@ def loss_and_gradients(
     Args:
         embed: (e, k), the rows of U and then of V, transposed.
         readout: (q, k).
-        design: the pairs; with `onehot`, the products are done in bfloat16.
+        design: the pairs; with one-hots, the products are done in bfloat16 and summed in float32.
         keep: (i, k) what h is multiplied with before φ: 0 where dropped, else 1 / (1 − dropout).
     Returns:
         the loss (), dE (e, k) and dW (q, k), in float32.
     """
-    n, q = len(design.labels), len(readout)
-    if design.onehot is not None:
+    loss, d_embed, d_readout = torch.zeros(()), torch.zeros_like(embed), torch.zeros_like(readout)
+    if design.tiles[0].onehot is not None:
         embed, readout = embed.bfloat16(), readout.bfloat16()
-        h = design.onehot @ embed
-    else:
-        h = F.embedding_bag(design.operands, embed, mode="sum")  # (i, k)
-    if keep is not None:
-        h = h * keep.to(h.dtype)
-    a = h.square() if activation == "square" else h.relu()
-    r = a @ readout.T  # (i, q)
-    r[torch.arange(n), design.labels] -= 1
-    loss = r.float().square().mean()
-    r *= 2 / (n * q)
-    d_readout = r.T @ a
-    d_a = r @ readout  # (i, k)
-    d_h = d_a.mul_(h).mul_(2) if activation == "square" else d_a.mul_(h > 0)
-    if keep is not None:
-        d_h *= keep
-    if design.onehot is not None:
-        d_embed = design.onehot.T @ d_h
-    else:  # row e is the sum of d_h over the pairs that hold operand e
-        d_embed = F.embedding_bag(design.of_operand, d_h, design.starts, mode="sum")
-    return loss, d_embed.float(), d_readout.float()
+    # φ' of the square has a factor 2, which costs less on the columns of r, and is taken back from dW
+    factor = 2 if activation == "square" else 1
+    c, start = 2 / (design.n * len(readout)), 0
+    for tile in design.tiles:
+        h = F.embedding_bag(tile.operands, embed, mode="sum") if tile.onehot is None else tile.onehot @ embed  # (i, k)
+        if keep is not None:
+            kept = keep[start : start + len(h)].to(h.dtype)
+            h, start = h * kept, start + len(h)
+        a = h.square() if activation == "square" else h.relu()
+        r = a @ readout.T  # (i, q)
+        r[torch.arange(len(r)), tile.labels] -= 1
+        loss += torch.linalg.vector_norm(r, dtype=torch.float32).square()
+        r *= factor * c
+        d_readout += (r.T if tile.onehot is None else r.T.contiguous()) @ a
+        d_h = r @ readout  # (i, k)
+        d_h *= h if activation == "square" else h > 0
+        if keep is not None:
+            d_h *= kept
+        if tile.onehot_t is not None:
+            d_embed += tile.onehot_t @ d_h
+        else:  # row e is the sum of d_h over the pairs that hold operand e
+            d_embed += F.embedding_bag(tile.of_operand, d_h, tile.starts, mode="sum")
+    return loss * c / 2, d_embed, d_readout / factor
 
 
 # -- training ------------------------------------------------------------------------------------------------------

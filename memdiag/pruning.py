@@ -22,7 +22,8 @@ from torch import Tensor
 CHANCE_MARGIN = 0.04  # agreement of up to 1 / classes + this is chance
 REFRESH = 4  # times along a curve that the logits are summed afresh, so that rounding does not add up
 GROUPS = ("corrupted", "clean", "test")
-TILE = 4096  # examples at once: few enough that their logits stay in the cache along a curve
+TILE = 2048  # examples at once: few enough that their logits stay in the cache along a curve
+FEW = 16  # neurons: with fewer left, two classes can have the same logit by no accident
 Loss = Literal["mse", "cross_entropy"]
 Row = dict[str, Any]
 
@@ -42,32 +43,29 @@ class Examples:
 
 
 def partial_logits(
-    a: Tensor, weights: Tensor, offset: Tensor | None, order: NDArray[np.int64], counts: Sequence[int]
+    columns: Tensor, rows: Tensor, offset: Tensor | None, counts: Sequence[int]
 ) -> Iterator[NDArray[np.float32]]:
-    """The logits (i, q) after the first n neurons of `order` are gone, for each n of `counts`.
+    """The logits (q, i) that are left after the first n neurons are gone, for each n of `counts`.
 
     Args:
-        a: (i, k) activations.
-        weights: (q, k) of the read-out.
+        columns: (k, i) activations, in the order in which the neurons go.
+        rows: (k, q) of the read-out, in the same order.
         offset: (q,) its bias, if it has one.
-        order: a permutation of the k neurons.
         counts: rising, each in 0 … k.
     Yields:
-        the same memory each time: look at it before going on.
+        the same memory each time: look at it before going on. Classes come first, since the largest of contiguous rows
+        is found fastest.
     """
-    permutation = torch.from_numpy(np.array(order))  # a copy: a reversed view cannot be shared
-    columns = a.T[permutation].contiguous()  # (k, i)
-    rows = weights.T[permutation].contiguous()  # (k, q)
-    bias = torch.zeros(len(weights)) if offset is None else offset
-    logits = torch.empty(len(a), len(weights))
+    bias = torch.zeros(rows.shape[1]) if offset is None else offset
+    logits = torch.empty(rows.shape[1], columns.shape[1])
     refreshed = done = -1
     every = -(-len(rows) // REFRESH)
     for n in counts:
         if refreshed < 0 or n >= refreshed + every or n == len(rows):
-            torch.addmm(bias, columns[n:].T, rows[n:], out=logits)
+            torch.addmm(bias[:, None], rows[n:].T, columns[n:], out=logits)
             refreshed = n
         elif n > done:
-            logits.addmm_(columns[done:n].T, rows[done:n], alpha=-1)
+            logits.addmm_(rows[done:n].T, columns[done:n], alpha=-1)
         done = n
         yield logits.numpy()
 
@@ -112,41 +110,62 @@ def curve(readout: Readout, order: NDArray[np.int64], counts: Sequence[int]) -> 
     Returns:
         a row for each of them, with its n_pruned. The accuracies are exactly those of zeroed weights.
     """
-    examples = readout.examples
+    examples, weights = readout.examples, readout.weights
+    permutation = torch.from_numpy(np.array(order))  # a copy: a reversed view cannot be shared
+    by_weight = weights.T[permutation].contiguous()  # (k, q)
+    empty = 0 if readout.offset is None else int(readout.offset.argmax())  # the class where nothing is active
+    always = len(torch.unique(weights, dim=0)) < len(weights)  # two classes that are the same tie everywhere
     by_group = np.argsort(examples.group, kind="stable")  # so that a group is a slice
-    hits = np.zeros((len(counts), len(GROUPS), 2), dtype=np.int64)  # agreement with the label, with the truth
+    hits = np.zeros((len(counts), len(GROUPS)), dtype=np.int64)
+    true = np.zeros(len(counts), dtype=np.int64)  # agreement of the corrupted ones with the truth
     losses = _squared_errors(readout, order, counts) if readout.loss == "mse" else np.zeros((len(counts), len(GROUPS)))
     for start in range(0, len(by_group), TILE):
-        rows = by_group[start : start + TILE]
-        labels = examples.labels[rows]
-        wanted = [labels] if examples.truth is None else [labels, examples.truth[rows]]
-        ends = np.searchsorted(examples.group[rows], range(len(GROUPS) + 1))
-        a = readout.a[torch.from_numpy(rows)]
-        for j, logits in enumerate(partial_logits(a, readout.weights, readout.offset, order, counts)):
-            predicted = logits.argmax(1)
-            for which, values in enumerate(wanted):
-                right = predicted == values
-                for g in range(len(GROUPS)):
-                    hits[j, g, which] += np.count_nonzero(right[ends[g] : ends[g + 1]])
+        at = by_group[start : start + TILE]
+        labels, group = examples.labels[at], examples.group[at]
+        ends = np.searchsorted(group, range(len(GROUPS) + 1))
+        n_corrupted = 0 if examples.truth is None else int(ends[1])
+        truth = labels[:0] if examples.truth is None else examples.truth[at[:n_corrupted]]
+        column = np.arange(len(at))
+        at_label, at_truth = labels * len(at) + column, truth * len(at) + column[:n_corrupted]
+        columns = readout.a[torch.from_numpy(at)].T[permutation].contiguous()  # (k, i)
+        until = _active_until(columns)
+        for j, z in enumerate(partial_logits(columns, by_weight, readout.offset, counts)):
+            if always or counts[j] > len(order) - FEW:
+                best = z.argmax(0)
+                right, right_true = best == labels, best[:n_corrupted] == truth
+            else:
+                best = z.max(0)
+                right, right_true = best == z.take(at_label), best[:n_corrupted] == z.take(at_truth)
+            if until.min() <= counts[j]:  # the logits of these are the bias and rounding, which must not choose
+                silent = until <= counts[j]
+                right[silent] = labels[silent] == empty
+                right_true[silent[:n_corrupted]] = truth[silent[:n_corrupted]] == empty
+            hits[j] += [np.count_nonzero(right[ends[g] : ends[g + 1]]) for g in range(len(GROUPS))]
+            true[j] += np.count_nonzero(right_true)
             if readout.loss == "cross_entropy":
-                losses[j] += np.bincount(
-                    examples.group[rows], weights=cross_entropy(logits, labels), minlength=len(GROUPS)
-                )
+                losses[j] += np.bincount(group, weights=cross_entropy(z.T, labels), minlength=len(GROUPS))
     n = list(examples.counts().values())
     return [
-        {"n_pruned": count, **_row(hits[j], losses[j], n, examples.truth is not None)} for j, count in enumerate(counts)
+        {"n_pruned": count, **_row(hits[j], None if examples.truth is None else int(true[j]), losses[j], n)}
+        for j, count in enumerate(counts)
     ]
 
 
-def _row(hits: NDArray[Any], losses: NDArray[Any], n: list[int], has_truth: bool) -> Row:
-    def mean(total: float, group: int) -> float | None:
-        return float(total / n[group]) if n[group] else None
+def _active_until(columns: Tensor) -> NDArray[np.int64]:
+    """(i,) how many neurons must go until none that is active is left: 0 if none ever was."""
+    active = (columns != 0).numpy()  # (k, i)
+    return np.where(active.any(0), len(active) - active[::-1].argmax(0), 0)
+
+
+def _row(hits: NDArray[Any], true: int | None, losses: NDArray[Any], n: list[int]) -> Row:
+    def mean(total: float | None, group: int) -> float | None:
+        return float(total / n[group]) if n[group] and total is not None else None
 
     return {
-        "train_corrupted_acc": mean(hits[0, 0], 0),
-        "corrupted_true_acc": mean(hits[0, 1], 0) if has_truth else None,
-        "train_clean_acc": mean(hits[1, 0], 1),
-        "test_acc": mean(hits[2, 0], 2),
+        "train_corrupted_acc": mean(hits[0], 0),
+        "corrupted_true_acc": mean(true, 0),
+        "train_clean_acc": mean(hits[1], 1),
+        "test_acc": mean(hits[2], 2),
         "train_corrupted_loss": mean(losses[0], 0),
         "train_clean_loss": mean(losses[1], 1),
         "test_loss": mean(losses[2], 2),
@@ -184,18 +203,18 @@ def figures(logits: NDArray[np.float32], examples: Examples, *, loss: Loss = "ms
         train_clean_acc, test_acc, and train_corrupted_loss, train_clean_loss, test_loss; None where a set is empty or
         the truth unknown.
     """
-    labels, truth = examples.labels, examples.labels if examples.truth is None else examples.truth
+    labels, predicted, size = examples.labels, logits.argmax(1), len(GROUPS)
     if loss == "mse":
         at_label = logits[np.arange(len(logits)), labels]
         error = (np.einsum("iq,iq->i", logits, logits) - 2 * at_label + 1) / logits.shape[1]
     else:
         error = cross_entropy(logits, labels)
-    predicted, size = logits.argmax(1), len(GROUPS)
-    hits = np.stack(
-        [np.bincount(examples.group[predicted == wanted], minlength=size) for wanted in (labels, truth)], axis=1
-    )
+    hits = np.bincount(examples.group[predicted == labels], minlength=size)
+    true = None
+    if examples.truth is not None:
+        true = int(np.count_nonzero((predicted == examples.truth)[examples.group == 0]))
     losses = np.bincount(examples.group, weights=error, minlength=size)
-    return _row(hits, losses, list(examples.counts().values()), examples.truth is not None)
+    return _row(hits, true, losses, list(examples.counts().values()))
 
 
 def counts_of(n_neurons: int, most: int, *, also: Sequence[int] = ()) -> list[int]:

@@ -66,13 +66,13 @@ def test_an_empty_group_and_an_unknown_truth_are_null() -> None:
 def test_a_curve_is_what_zeroed_weights_give(bias: bool, most: int) -> None:
     a, weights, offset = network()
     order, counts = np.random.default_rng(2).permutation(23), counts_of(23, most)
-    found = partial_logits(a, weights, offset if bias else None, order, counts)
+    found = partial_logits(a.T[order].contiguous(), weights.T[order].contiguous(), offset if bias else None, counts)
     for n, logits in zip(counts, found, strict=True):
         zeroed = weights.clone()
         zeroed[:, order[:n]] = 0
         expected = a @ zeroed.T + (offset if bias else 0)
-        np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
-    np.testing.assert_array_equal(logits, np.tile((offset if bias else torch.zeros(5)).numpy(), (40, 1)))  # none left
+        np.testing.assert_allclose(logits.T, expected.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(logits.T, np.tile((offset if bias else torch.zeros(5)).numpy(), (40, 1)))  # none left
 
 
 def test_a_curve_of_a_trained_network_agrees_exactly() -> None:
@@ -109,6 +109,42 @@ def test_curves_are_figures_of_zeroed_weights(
         expected = figures(logits.numpy(), examples, loss=loss)
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, row["n_pruned"])
+
+
+def agrees(readout: Readout, order: np.ndarray, counts: list[int]) -> None:
+    """Not one prediction differs from that of zeroed weights, of which argmax takes the first among equals."""
+    for row in curve(readout, order, counts):
+        zeroed = readout.weights.clone()
+        zeroed[:, order[: row["n_pruned"]]] = 0
+        logits = readout.a @ zeroed.T + (0 if readout.offset is None else readout.offset)
+        expected = figures(logits.numpy(), readout.examples)
+        for name in ("train_corrupted_acc", "corrupted_true_acc", "train_clean_acc", "test_acc"):
+            assert row[name] == expected[name], (name, row["n_pruned"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_examples_at_which_no_neuron_is_active_have_the_class_of_the_bias(bias: bool) -> None:
+    a, weights, offset = network(n=300, k=60)
+    a = (a - 1.2).relu()  # most neurons are silent, and rounding must not choose in their place
+    a[:20] = 0
+    order = np.random.default_rng(3).permutation(60)
+    agrees(Readout(a, weights, offset if bias else None, three_groups(300)), order, list(range(61)))
+
+
+def test_classes_that_are_the_same_tie_as_argmax_does() -> None:
+    a, weights, _ = network(n=300, k=60)
+    weights[3] = weights[1]
+    order = np.random.default_rng(3).permutation(60)
+    agrees(Readout(a, weights, None, three_groups(300)), order, list(range(61)))
+
+
+def test_few_neurons_of_few_classes_tie_as_argmax_does() -> None:
+    """Look-ups: what is left has no weight for most classes."""
+    case = planted(width=118)
+    a, weights = grokking.activations(case.model, case.pairs.operands), case.model.layers.linear_2.weight
+    _, examples = prune_modular.attribute(case.model, case.pairs)
+    order = ranking(case.is_lookup.astype(np.float64), first="low")
+    agrees(Readout(a, weights, None, examples), order, list(range(len(order) - 15, len(order) + 1)))
 
 
 def test_planted_look_ups_go_and_the_rule_stays() -> None:
@@ -172,9 +208,7 @@ def rows(corrupted: list[float], clean: list[float]) -> list[dict[str, float]]:
         ([0.9, 0.1], [0.7, 0.69], 0.99, (1, True)),  # measured from the start, wherever that is
     ],
 )
-def test_the_cut_by_hand(
-    corrupted: list[float], clean: list[float], keep: float, expected: tuple[int, bool]
-) -> None:
+def test_the_cut_by_hand(corrupted: list[float], clean: list[float], keep: float, expected: tuple[int, bool]) -> None:
     found = choose(rows(corrupted, clean), agreement="train_corrupted_acc", chance=0.1, keep_clean=keep)
     assert found == expected
 
