@@ -89,7 +89,7 @@ class Tile:
     """Some of the training pairs, as the step wants them."""
 
     operands: Tensor  # (i, 2) int64: m and p + n
-    labels: Tensor  # (i,) int64
+    at_label: Tensor  # (i,) int64: where the label's logit is in (i, q), flattened
     of_operand: Tensor  # (2 i,) int64: the pairs that hold operand 0, those that hold operand 1, …
     starts: Tensor  # (e,) int64: where each operand's pairs begin
     onehot: Tensor | None  # (i, e) bfloat16: S, two ones a row
@@ -115,10 +115,11 @@ def _tile(at: Tensor, labels: Tensor, p: int, dtype: torch.dtype) -> Tile:
     of_operand = torch.argsort(at.T.flatten(), stable=True) % len(at)
     starts = torch.bincount(at.flatten(), minlength=2 * p).cumsum(0).roll(1)
     starts[0] = 0
+    at_label = torch.arange(len(at)) * p + labels
     if dtype != torch.bfloat16:
-        return Tile(at, labels, of_operand, starts, None, None)
+        return Tile(at, at_label, of_operand, starts, None, None)
     onehot = F.one_hot(at, 2 * p).sum(1).to(dtype)  # on matrix units, zeros cost less than fetching rows
-    return Tile(at, labels, of_operand, starts, onehot, onehot.T.contiguous())
+    return Tile(at, at_label, of_operand, starts, onehot, onehot.T.contiguous())
 
 
 def loss_and_gradients(
@@ -151,10 +152,13 @@ def loss_and_gradients(
             h, start = h * kept, start + len(h)
         a = h.square() if activation == "square" else h.relu()
         r = a @ readout.T  # (i, q)
-        r[torch.arange(len(r)), tile.labels] -= 1
-        loss += torch.linalg.vector_norm(r, dtype=torch.float32).square()
+        r.view(-1)[tile.at_label] -= 1
+        loss += torch.dot(flat := r.float().flatten(), flat)
         r *= factor * c
-        d_readout += (r.T if tile.onehot is None else r.T.contiguous()) @ a
+        if tile.onehot is None:
+            d_readout.addmm_(r.T, a)
+        else:
+            d_readout += r.T.contiguous() @ a
         d_h = r @ readout  # (i, k)
         d_h *= h if activation == "square" else h > 0
         if keep is not None:

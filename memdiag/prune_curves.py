@@ -16,7 +16,7 @@ from memdiag.errors import InputError
 from memdiag.prune_report import RANKINGS
 from memdiag.pruning import Row, choose, counts_of, interval, random_orders, ranking
 
-RANDOM_POINTS = 50  # of each random order; the others are followed neuron by neuron up to MOST_POINTS
+RANDOM_POINTS = 100  # of each random order; the others are followed neuron by neuron up to MOST_POINTS
 MOST_POINTS = 500
 CurveOf = Callable[[NDArray[np.int64], Sequence[int]], list[Row]]  # (order, counts) -> figures with n_pruned
 

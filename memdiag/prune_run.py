@@ -214,7 +214,7 @@ def plan(checkpoint: str | None, options: PruneOptions) -> dict[str, object]:
     side_by_side = min(len(seeds), os.cpu_count() or 1)
     evaluations = training.steps // training.eval_every + 2
     one = per_step * (training.steps + 2 * evaluations)  # looking at all pairs costs about two steps
-    points = 3 * min(training.width, 500) + options.draws * 50
+    points = 3 * min(training.width, 500) + options.draws * 100
     one += points * len(pairs.labels) * pairs.p * 1.2e-9
     rows = len(seeds) * (points + training.width + evaluations)
     return {

@@ -25,7 +25,7 @@ from memdiag import cli, entropy_report
 from memdiag.errors import IncompleteError, InputError
 
 BROKEN = sorted(path.name for path in (Path(__file__).parent.parent / "fixtures" / "broken").iterdir())
-COMMANDS = ["entropy", "schema", "rerun"]
+COMMANDS = ["entropy", "prune-memorizers", "reproduce", "schema", "rerun"]
 INSTALLED = "import sys; sys.argv[0] = 'memdiag'; from memdiag.cli import run; run()"  # as the script `memdiag` does it
 
 
@@ -501,8 +501,12 @@ def test_a_dry_run_refuses_what_a_run_would(entropy):
 
 
 def test_schema_lists_the_reports(memdiag_):
-    assert memdiag_("schema") == Done(0, "entropy\nentropy.gradients\n", "")
-    assert json.loads(memdiag_("schema", "--json").out) == ["entropy", "entropy.gradients"]
+    reports = [
+        "entropy", "entropy.gradients", "prune-memorizers.dynamics", "prune-memorizers.filtration",
+        "prune-memorizers.neurons", "prune-memorizers.pruning", "reproduce.claims", "reproduce.phases",
+    ]  # fmt: skip
+    assert memdiag_("schema") == Done(0, "".join(f"{name}\n" for name in reports), "")
+    assert json.loads(memdiag_("schema", "--json").out) == reports
 
 
 @pytest.mark.parametrize(("name", "row"), [("entropy", "EntropyRow"), ("entropy.gradients", "GradientRow")])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import memdiag
-from memdiag import checkpoint, measuring, tasks
+from memdiag import checkpoint, reading, tasks
 from memdiag.dataset import Batch, Example
 
 Same = Callable[..., None]
@@ -67,7 +67,7 @@ def poisoned(path: Path, out: Path) -> tuple[Path, int]:
 
 def padded(monkeypatch: pytest.MonkeyPatch, pad: int, extra: int) -> list[Batch]:
     """From now on every batch has `extra` more columns of padding; returns the batches that were made."""
-    plain, made = measuring.batches, []
+    plain, made = reading.batches, []
 
     def wider(examples: Iterator[Example], *, pad_id: int, **settings: Any) -> Iterator[Batch]:
         assert pad_id == pad
@@ -79,7 +79,7 @@ def padded(monkeypatch: pytest.MonkeyPatch, pad: int, extra: int) -> list[Batch]
             made.append(dataclasses.replace(batch, input_ids=ids, mask=np.pad(batch.mask, more)))
             yield made[-1]
 
-    monkeypatch.setattr(measuring, "batches", wider)
+    monkeypatch.setattr(reading, "batches", wider)
     return made
 
 

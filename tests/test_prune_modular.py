@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_rows_are_whole() -> None:
     assert sum(row["is_memorizer"] for row in result.neurons) == n
     assert {row["pruned_at"] for row in result.neurons if row["is_memorizer"]} == set(range(1, n + 1))
     by_place = sorted(result.neurons, key=lambda row: row["pruned_at"])
-    assert all(a["memorization"] >= b["memorization"] for a, b in zip(by_place, by_place[1:]))
+    assert all(a["memorization"] >= b["memorization"] for a, b in itertools.pairwise(by_place))
     orders = {row["order"] for row in result.pruning}
     assert orders == {"memorization", "reversed", "norm_product", "ipr", "random"}
     assert all(any(row["n_pruned"] == 0 for row in along(order, result.pruning)) for order in orders - {"random"})

@@ -22,7 +22,7 @@ from memdiag.errors import InputError
 QUICK: dict[str, Any] = {
     "data": "task:modular-addition?p=13", "width": 24, "corruption": 0.3, "steps": 40, "eval_every": 10,
 }  # fmt: skip
-WORDS = "--data task:modular-addition?p=13 --width 24 --corruption 0.3 --steps 40 --eval-every 10".split()
+WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
 
 
 def files(folder: Path) -> dict[str, bytes]:
