@@ -18,6 +18,11 @@ from memdiag.pruning import Row, choose, counts_of, interval, random_orders, ran
 
 RANDOM_POINTS = 100  # of each random order; the others are followed neuron by neuron up to MOST_POINTS
 MOST_POINTS = 500
+SCORES = (
+    "memorization", "margin_corrupted", "margin_clean", "margin_heldout", "ablation_corrupted", "ablation_clean",
+    "ablation_heldout", "grad_act_corrupted", "grad_act_clean", "grad_act_heldout", "direct_logit", "activation_norm",
+    "norm_product", "ipr",
+)  # fmt: skip
 CurveOf = Callable[[NDArray[np.int64], Sequence[int]], list[Row]]  # (order, counts) -> figures with n_pruned
 
 
@@ -44,6 +49,18 @@ class Arms:
     order: NDArray[np.int64]  # (k,) the neurons as they go
     chosen: int | None
     rule: str  # how it was chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What one network gave."""
+
+    neurons: list[Row]
+    pruning: list[Row]
+    dynamics: list[Row]
+    filtration: list[Row]
+    about: dict[str, Any]  # headline figures, for the metadata
+    models: dict[str, Any]  # those to be written: trained, if it was trained here, and, if a cut was chosen, pruned
 
 
 def run_arms(curve_of: CurveOf, scores: Mapping[str, NDArray[np.float64]], rank_by: str, cut: Cut) -> Arms:
@@ -179,3 +196,37 @@ def headline(rows: Sequence[Row], rank_by: str, agreement: str = "train_corrupte
         name: {key: band[key] - cut[name] for key in ("mean", "lo", "hi")} for name, band in found["random"].items()
     }
     return found
+
+
+def neuron_rows(
+    layers: Sequence[tuple[str, int]], scores: Mapping[str, NDArray[np.float64]], arms: Arms
+) -> list[dict[str, Any]]:
+    """A row for every neuron but for its seed.
+
+    Args:
+        layers: (name of the module that reads them, number of neurons), in the order of the scores.
+        scores: name -> (k,), NaN where undefined; null where there is no such score.
+        arms: the order and the cut.
+    """
+    place = np.empty(len(arms.order), dtype=np.int64)
+    place[arms.order] = np.arange(1, len(place) + 1)
+    rows: list[dict[str, Any]] = []
+    for layer, (name, width) in enumerate(layers):
+        for neuron in range(width):
+            k = len(rows)
+            values = {score: float(scores[score][k]) if score in scores else None for score in SCORES}
+            is_periodic = values["ipr"] is not None and not np.isnan(values["ipr"])
+            rows.append(
+                {
+                    "seed": None,
+                    "layer": layer,
+                    "layer_name": name,
+                    "neuron": neuron,
+                    **values,
+                    "frequency": int(scores["frequency"][k]) if is_periodic else None,
+                    "dead": bool(scores["dead"][k]),
+                    "pruned_at": int(place[k]),
+                    "is_memorizer": None if arms.chosen is None else bool(place[k] <= arms.chosen),
+                }
+            )
+    return rows

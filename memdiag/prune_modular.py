@@ -20,7 +20,7 @@ from memdiag.errors import InputError, unknown
 from memdiag.grokking import Training
 from memdiag.models.mlp import MLP
 from memdiag.modular import Pairs, make_pairs
-from memdiag.prune_curves import Arms, Cut, headline, run_arms, with_intervals
+from memdiag.prune_curves import Arms, Cut, Found, headline, neuron_rows, run_arms, with_intervals
 from memdiag.prune_report import DEFAULT_TASK, TASKS, PruneOptions
 from memdiag.pruning import GROUPS, Examples, Readout, Row
 
@@ -58,18 +58,6 @@ class Setting:
             f"task:modular-{self.operation}?p={self.p}&train_fraction={self.train_fraction}"
             f"&corruption={self.corruption}&corruption_law={self.law}&seed={seed}"
         ).name
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What one network gave."""
-
-    neurons: list[Row]
-    pruning: list[Row]
-    dynamics: list[Row]
-    filtration: list[Row]
-    about: dict[str, Any]  # headline figures, for the metadata
-    models: dict[str, MLP]  # trained and, if a cut was chosen, pruned
 
 
 def setting_of(options: PruneOptions) -> Setting:
@@ -156,7 +144,7 @@ def of_seed(setting: Setting, options: PruneOptions, seed: int, advance: Callabl
         **headline(rows, options.rank_by),
     }
     return Found(
-        [{"seed": seed, **row} for row in _neuron_rows(scores, arms)],
+        [row | {"seed": seed} for row in neuron_rows([("layers.linear_2", len(arms.order))], scores, arms)],
         [{"seed": seed, "train_corrupted_exact": None, **row} for row in rows],
         dynamics,
         [{"seed": seed, **row} for row in filtration],
@@ -259,29 +247,6 @@ def filter_frequencies(model: MLP, pairs: Pairs, examples: Examples) -> list[Row
         figures = pruning.figures(logits.numpy(), examples)
         rows.append({"part": part, **{name: value for name, value in figures.items() if name.endswith("_acc")}})
     return rows
-
-
-def _neuron_rows(scores: dict[str, Any], arms: Arms) -> list[Row]:
-    columns = [
-        "memorization", "margin_corrupted", "margin_clean", "margin_heldout", "ablation_corrupted", "ablation_clean",
-        "ablation_heldout", "grad_act_corrupted", "grad_act_clean", "grad_act_heldout", "direct_logit",
-        "activation_norm", "norm_product", "ipr",
-    ]  # fmt: skip
-    place = np.empty(len(arms.order), dtype=np.int64)
-    place[arms.order] = np.arange(1, len(place) + 1)
-    return [
-        {
-            "layer": 0,
-            "layer_name": "layers.linear_2",
-            "neuron": k,
-            **{name: float(scores[name][k]) for name in columns},
-            "frequency": None if np.isnan(scores["ipr"][k]) else int(scores["frequency"][k]),
-            "dead": bool(scores["dead"][k]),
-            "pruned_at": int(place[k]),
-            "is_memorizer": None if arms.chosen is None else bool(place[k] <= arms.chosen),
-        }
-        for k in range(len(place))
-    ]
 
 
 def seconds_per_step(setting: Setting, *, steps: int = 5) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 
 import memdiag
 from memdiag import checkpoint as checkpoints
-from memdiag import prune_checkpoint, prune_modular, tables, workers
+from memdiag import prune_checkpoint, prune_inputs, prune_modular, tables, workers
 from memdiag.errors import InputError
 from memdiag.progress import Progress
-from memdiag.prune_modular import Found, Setting
+from memdiag.prune_curves import Found
+from memdiag.prune_modular import Setting
 from memdiag.prune_report import REPORTS, Pruned, PruneOptions
 
 log = logging.getLogger("memdiag")
@@ -118,21 +119,19 @@ def _modular(options: PruneOptions) -> Work:
 def _train_one(job: tuple[Setting, PruneOptions, int, Path], advance: Callable[[int], None]) -> None:
     setting, options, seed, directory = job
     found = prune_modular.of_seed(setting, options, seed, advance)
-    models = {name: (model, None, setting.task(seed)) for name, model in found.models.items()}
-    write_part(directory, f"seed-{seed}", found, models)
+    write_part(directory, f"seed-{seed}", found, None, setting.task(seed))
 
 
 # -- a checkpoint --------------------------------------------------------------------------------------------------
 
 
 def _of_checkpoint(name: str, options: PruneOptions) -> Work:
-    inputs = prune_checkpoint.open_inputs(name, options)
+    inputs = prune_inputs.open_inputs(name, options)
 
     def run(names: list[str], parts: tables.Parts, progress: Progress) -> None:
         if names:
-            found, model = prune_checkpoint.of_checkpoint(inputs, progress)
-            models = {"pruned": model} if model is not None else {}
-            write_part(parts.directory, "checkpoint", found, models)
+            found = prune_checkpoint.of_checkpoint(inputs, progress)
+            write_part(parts.directory, "checkpoint", found, inputs.tokenizer(), inputs.checkpoint.task)
 
     return Work(
         names=["checkpoint"],
@@ -146,11 +145,11 @@ def _of_checkpoint(name: str, options: PruneOptions) -> Work:
 # -- parts and the whole -------------------------------------------------------------------------------------------
 
 
-def write_part(directory: Path, name: str, found: Found, models: Mapping[str, tuple[Any, Any, str | None]]) -> None:
+def write_part(directory: Path, name: str, found: Found, tokenizer: Any, task: str | None) -> None:
     """One network's checkpoints and reports, the one that says that all is there last."""
     staged = directory / name
     shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
-    for kind, (model, tokenizer, task) in models.items():
+    for kind, model in found.models.items():
         checkpoints.save(staged / kind, model, tokenizer=tokenizer, task=task)
     meta = {"report": "prune-memorizers", "part": {"name": name}, "about": found.about}
     for report in ("neurons", "dynamics", "filtration"):
@@ -206,7 +205,7 @@ def _assemble(parts: tables.Parts, out: Path, work: Work, options: dict[str, Any
 def plan(checkpoint: str | None, options: PruneOptions) -> dict[str, object]:
     """What `run` would take, from a few timed steps; writes nothing."""
     if checkpoint is not None:
-        return prune_checkpoint.plan(prune_checkpoint.open_inputs(checkpoint, options))
+        return prune_checkpoint.plan(prune_inputs.open_inputs(checkpoint, options))
     setting, seeds = prune_modular.setting_of(options), seeds_of(options)
     training = setting.training
     pairs = setting.pairs(seeds[0])

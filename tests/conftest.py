@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import logging
 import math
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sockets connect within this machine only."""
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_left() -> Iterator[None]:
+    """A command logs to the stderr of its test, which is closed afterwards."""
+    yield
+    logging.getLogger("memdiag").handlers.clear()
+    logging.getLogger("memdiag").setLevel(logging.NOTSET)
 
 
 def _torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:

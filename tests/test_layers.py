@@ -26,11 +26,12 @@ LAYER = {
     "alignment": 5, "oscillation": 5, "entropy_report": 5, "entropy_view": 5, "grokking": 5, "reading": 5,
     "prune_report": 5, "reproduce_report": 5, "reproduce_claims": 5,
     "layer_sums": 6, "prune_view": 6, "prune_curves": 6, "reproduce_view": 6,
-    "measuring": 7, "prune_modular": 7,
-    "entropy_run": 8, "prune_checkpoint": 8, "reproduce_grok": 8,
-    "prune_run": 9, "reproduce_run": 9,
-    "cli": 10,
-    "__main__": 11,
+    "measuring": 7, "prune_modular": 7, "prune_inputs": 7,
+    "entropy_run": 8, "prune_subject": 8, "reproduce_grok": 8,
+    "prune_checkpoint": 9, "reproduce_run": 9,
+    "prune_run": 10,
+    "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 # A report is declared below what fills it, so that reading about it needs no torch: the way up is taken when called.
 LAZILY_UPWARDS = {

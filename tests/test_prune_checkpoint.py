@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
 
 import memdiag
-from memdiag import checkpoint, cli, observe, prune_checkpoint, tasks
+from memdiag import checkpoint, cli, observe, prune_checkpoint, prune_inputs, prune_subject, tasks
 from memdiag.checkpoint import open_checkpoints
 from memdiag.dataset import collate, open_dataset
 from memdiag.errors import InputError
@@ -234,7 +234,7 @@ def test_a_score_can_say_which_are_suspect(shallow: Path, of_shallow: Pruned, tm
     mine = {r["neuron"]: r["memorization"] for r in found.neurons.table.to_pylist()}
     theirs = {r["neuron"]: r["memorization"] for r in of_shallow.neurons.table.to_pylist()}
     assert np.corrcoef(list(mine.values()), list(theirs.values()))[0, 1] > 0.999
-    reverse = prune_checkpoint.read_suspects(f"{tmp_path}/score.parquet:-badness:0.1")
+    reverse = prune_inputs.read_suspects(f"{tmp_path}/score.parquet:-badness:0.1")
     assert all(row["badness"] == 0 for row in rows if row["example_id"] in reverse)
     for text, says in {
         "x": "is not of the form",
@@ -244,7 +244,7 @@ def test_a_score_can_say_which_are_suspect(shallow: Path, of_shallow: Pruned, tm
         f"{tmp_path}/none.parquet:badness:0.1": "no such report",
     }.items():
         with pytest.raises(InputError, match=says):
-            prune_checkpoint.read_suspects(text)
+            prune_inputs.read_suspects(text)
 
 
 def test_without_truth_training_is_contrasted_with_held_out_data(shallow: Path, of_shallow: Pruned) -> None:
@@ -319,7 +319,7 @@ def test_exact_is_what_greedy_decoding_gives(language: Path) -> None:
         inputs = observe.to_inputs(batch, model)
         logits = observe.call(model, inputs)
         assert logits is not None
-        right, _, count, _ = prune_checkpoint._of_tokens(logits, inputs, 6)
+        right, _, count, _ = prune_subject._of_tokens(logits, inputs, 6)
         decoded = model.generate(ids[:, :6], max_new_tokens=ids.shape[1] - 6, do_sample=False, pad_token_id=0)
         assert bool(right == count) == torch.equal(decoded, ids)
 

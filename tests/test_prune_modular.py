@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 
 from memdiag import fourier, grokking, prune_modular, pruning
 from memdiag.errors import InputError
-from memdiag.prune_modular import Found, Setting, setting_of
+from memdiag.prune_curves import Found
+from memdiag.prune_modular import Setting, setting_of
 from memdiag.prune_report import PruneOptions
 from memdiag.pruning import Readout
 
