@@ -1041,3 +1041,34 @@ def test_logits_that_are_none_of_a_class_or_token_are_told() -> None:
     maps = nn.Sequential(conv(1, 4), nn.ReLU(), conv(4, 3))
     with pytest.raises(InputError, match=r"shape \(5, 3, 8, 8\)"):
         neurons.margin_contributions(maps, IMAGES, neurons.sites_of(maps, IMAGES)[0])
+
+
+# -- a linear read-out --------------------------------------------------------------------------------------------------
+
+
+class Sharpened(nn.Module):
+    """Its logits are twice what the last layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP(MlpConfig((6, 5, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = 2 * self.inner(x)
+        return out
+
+
+def test_readout_activations_are_the_last_layers_input_and_nothing_else() -> None:
+    plain = MLP(MlpConfig((6, 5, 3))).eval()
+    inputs = observe.Inputs(None, None, torch.randn(4, 6), None)
+    sites, _ = neurons.sites_of(plain, inputs)
+    a = neurons.readout_activations(plain, inputs, sites[0])
+    assert a is not None
+    torch.testing.assert_close(plain.layers.linear_2(a), plain(inputs.features))
+    deep = MLP(MlpConfig((6, 5, 4, 3))).eval()
+    first, last = neurons.sites_of(deep, inputs)[0]
+    assert neurons.readout_activations(deep, inputs, first) is None
+    assert neurons.readout_activations(deep, inputs, last) is not None
+    sharpened = Sharpened().eval()
+    (site,), _ = neurons.sites_of(sharpened, inputs)
+    assert neurons.readout_activations(sharpened, inputs, site) is None

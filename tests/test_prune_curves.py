@@ -89,6 +89,8 @@ def test_the_users_number_overrules(forced: dict[str, Any], expected: int) -> No
     for order in ("ipr", "norm_product", "reversed", "random"):  # every arm can be read at the cut
         assert any(row["order"] == order and row["n_pruned"] == expected for row in arms.rows)
     assert "memorization" not in {row["order"] for row in arms.rows}
+    starts = [(row["order"], row["draw"]) for row in arms.rows if row["n_pruned"] == 0]
+    assert len(starts) == len(set(starts))  # the order in question is not its own control as well
 
 
 def test_more_than_there_are_is_refused() -> None:

@@ -243,6 +243,20 @@ def test_multiplication_is_seen_in_the_order_of_logarithms() -> None:
     assert natural[~natural.isnan()].mean() <= 0.09
 
 
+def test_direct_logit_is_about_labels_that_are_wrong() -> None:
+    """A redrawn label may be right; such an example says nothing of the wrong label over the true one."""
+    setting = Setting("addition", 5, 0.8, 0.6, "uniform", None, grokking.Training(width=12, steps=0))
+    pairs = setting.pairs(1)
+    assert (pairs.corrupted & (pairs.labels == pairs.truth)).any()
+    model = grokking.initial(5, setting.training, 0)
+    scores, _ = prune_modular.attribute(model, pairs)
+    a, weights = grokking.activations(model, pairs.operands), grokking.weights_of(model)[1]
+    wrong = [i for i in range(pairs.n_train) if pairs.labels[i] != pairs.truth[i]]
+    expected = sum(a[i] * (weights[pairs.labels[i]] - weights[pairs.truth[i]]) for i in wrong) / len(wrong)
+    assert isinstance(expected, torch.Tensor)
+    np.testing.assert_allclose(scores["direct_logit"], expected.numpy(), rtol=1e-5)
+
+
 def test_readout_products_are_shared_by_all_orders() -> None:
     setting = Setting("addition", 11, 0.5, 0.3, "wrong", None, grokking.Training(width=20, steps=0))
     pairs = setting.pairs(0)

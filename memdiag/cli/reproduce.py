@@ -14,7 +14,7 @@ from memdiag.cli.measure import begin, print_plan
 def reproduce(
     name: Annotated[str, o.argument(metavar="NAME", help="The paper: grok.")],
     preset: Annotated[
-        str, o.option(help="smoke: smaller networks, two minutes; paper: the paper's settings, most of an hour.")
+        str, o.option(help="smoke: smaller networks, a minute; paper: the paper's settings, most of an hour.")
     ] = "smoke",
     seeds: Annotated[
         str, o.option(metavar="0,1,2", help="Networks of each setting; at least 3 for intervals.")
