@@ -1043,7 +1043,7 @@ def test_logits_that_are_none_of_a_class_or_token_are_told() -> None:
         neurons.margin_contributions(maps, IMAGES, neurons.sites_of(maps, IMAGES)[0])
 
 
-# -- a linear read-out --------------------------------------------------------------------------------------------------
+# -- a linear read-out -------------------------------------------------------------------------------------------------
 
 
 class Sharpened(nn.Module):
@@ -1060,7 +1060,7 @@ class Sharpened(nn.Module):
 
 def test_readout_activations_are_the_last_layers_input_and_nothing_else() -> None:
     plain = MLP(MlpConfig((6, 5, 3))).eval()
-    inputs = observe.Inputs(None, None, torch.randn(4, 6), None)
+    inputs = Inputs(None, None, torch.randn(4, 6), None)
     sites, _ = neurons.sites_of(plain, inputs)
     a = neurons.readout_activations(plain, inputs, sites[0])
     assert a is not None
