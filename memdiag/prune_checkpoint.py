@@ -220,7 +220,8 @@ def _log_skipped(skipped: Sequence[observe.Skipped]) -> None:
     """One line; the report's metadata has every name and reason."""
     others = [s for s in skipped if s.why != observe.NOT_CHOSEN]
     if others:
-        log.info("no neurons read by %d other layers, e.g. %s: %s", len(others), others[0].name, others[0].why)
+        layers = "1 other layer," if len(others) == 1 else f"{len(others)} other layers, e.g."
+        log.info("no neurons are read by %s %s: %s", layers, others[0].name, others[0].why)
 
 
 def _cut(subject: Subject, readout: Readout | None) -> Cut:

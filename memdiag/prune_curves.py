@@ -122,7 +122,7 @@ def _chosen(main: list[Row], forced: int | None, cut: Cut) -> tuple[int | None, 
     if at_chance:
         return n, f"the fewest neurons that leave the corrupted at chance, {kept}"
     if n == 0:
-        return None, f"none: no cut makes the corrupted fewer, {kept}"
+        return None, f"none: no cut leaves less of the corrupted {kept}; lower it, or give --n or --fraction"
     return n, f"not at chance: the least of the corrupted that can be left, {kept}"
 
 
