@@ -79,6 +79,8 @@ def attribute(subject: Subject, progress: Progress) -> Sums:
 
 
 def _check_groups(inputs: Inputs, sums: Sums) -> None:
+    if inputs.suspects is not None and (missing := len(inputs.suspects) - int(sums.n[0]) - sums.n_undefined) > 0:
+        log.warning("%d of %d suspects are not among the training examples", missing, len(inputs.suspects))
     where = f"--truth {inputs.options.truth}" if inputs.options.truth is not None else "--suspects"
     for g, what in ((0, "no"), (1, "every")):
         if inputs.has_truth and sums.n[g] == 0:
@@ -114,10 +116,13 @@ def readout_of(subject: Subject) -> Readout | None:
     n = subject.inputs.train.n_examples + (subject.inputs.test.n_examples if subject.inputs.test else 0)
     if n * site.width * 4 > CLOSED_BYTES:
         return None
+
+    def run(batch: Batch) -> Tensor | None:
+        return neurons.readout_activations(subject.model, observe.to_inputs(batch, subject.model), site)
+
     found: list[tuple[Tensor, NDArray[np.int8], Batch]] = []
     for passes, held_out in ((subject.train, False), (subject.test, True)):
-        for batch in passes or ():
-            a = neurons.readout_activations(subject.model, observe.to_inputs(batch, subject.model), site)
+        for batch, a in in_halves(passes or (), run, subject.device):
             if a is None:
                 return None
             found.append((a.float().cpu(), subject.groups_of(batch, held_out=held_out), batch))
@@ -203,6 +208,7 @@ def of_checkpoint(inputs: Inputs, progress: Progress) -> Found:
         "layers": [[site.name, site.width] for site in subject.sites],
         "skipped": [[s.name, s.why] for s in subject.skipped],
         "closed_form": readout is not None,
+        "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch."),
         "rule": arms.rule,
         **headline(rows, options.rank_by, cut.agreement),
     }
@@ -230,9 +236,7 @@ def _cut(subject: Subject, readout: Readout | None) -> Cut:
     if subject.predicts:
         chance, agreement = 0.0, "train_corrupted_exact"
     else:
-        logits = observe.call(subject.model, observe.to_inputs(next(iter(subject.train)), subject.model))
-        assert logits is not None
-        chance, agreement = 1 / logits.shape[1], "train_corrupted_acc"
+        chance, agreement = 1 / subject.n_classes, "train_corrupted_acc"
     return Cut(
         options.n,
         options.fraction,
@@ -268,14 +272,19 @@ def _curves(subject: Subject, readout: Readout | None, progress: Progress) -> Ca
 def plan(inputs: Inputs) -> dict[str, object]:
     """What `of_checkpoint` would take, from one timed pass over the first batch; writes nothing."""
     subject = load(inputs)
-    first = next(iter(subject.train))
-    piece = observe.to_inputs(first, subject.model)
-    neurons.margin_contributions(subject.model, piece, subject.sites, prefix=subject.prefix)
-    with torch.inference_mode():
-        observe.call(subject.model, piece)
-        began = time.perf_counter()
-        observe.call(subject.model, piece)
-        per_example = (time.perf_counter() - began) / len(first.example_ids)
+
+    def run(batch: Batch) -> float:
+        piece = observe.to_inputs(batch, subject.model)
+        neurons.margin_contributions(
+            subject.model, piece, subject.sites, prefix=subject.prefix
+        )  # what takes most memory
+        with torch.inference_mode():
+            observe.call(subject.model, piece)
+            began = time.perf_counter()
+            observe.call(subject.model, piece)
+            return (time.perf_counter() - began) / len(batch.example_ids)
+
+    _, per_example = next(in_halves([next(iter(subject.train))], run, subject.device))
     n = inputs.train.n_examples + (inputs.test.n_examples if inputs.test else 0)
     k = sum(site.width for site in subject.sites)
     is_closed = not subject.predicts and len(subject.sites) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,6 @@ class Inputs:
             "test": None if self.test is None else told(self.test),
             "loss": "cross-entropy in nats: of the label, or mean over the predicted tokens",
             "device": devices.describe(devices.resolve(self.options.device)),
-            "dtype": self.options.dtype,
         }
 
 
@@ -138,5 +138,10 @@ def read_suspects(text: str) -> frozenset[str]:
     ]
     if not pairs:
         raise InputError(f"--suspects {text!r}: the column is null in every row")
+    if len({i for _, i in pairs}) < len(pairs):
+        twin = next(i for i, n in Counter(i for _, i in pairs).items() if n > 1)
+        raise InputError(
+            f"--suspects {text!r}: example {twin[:40]!r} comes more than once; wanted a row for each example"
+        )
     pairs.sort(key=lambda pair: pair[0] if name.startswith("-") else -pair[0])  # stable: ties as they come
     return frozenset(i for _, i in pairs[: max(1, round(share * len(pairs)))])

@@ -133,6 +133,7 @@ def of_seed(setting: Setting, options: PruneOptions, seed: int, advance: Callabl
     about = {
         "seed": seed,
         "phase": dynamics[-1]["phase"],
+        "dtype": setting.training.dtype,
         "examples": examples.counts(),
         "corrupted_that_are_right": int((pairs.corrupted & (pairs.labels == pairs.truth)).sum()),
         "n_neurons": model.config.widths[1],

@@ -102,7 +102,7 @@ class NeuronRow:
     frequency: int | None = column(
         pa.int32(), "its strongest frequency; null unless periodic task, or dead", nullable=True
     )
-    dead: bool = column(pa.bool_(), "its incoming or outgoing weights are shorter than 0.001")
+    dead: bool = column(pa.bool_(), "its incoming or outgoing weights are shorter than 0.001 (gated: the product)")
     pruned_at: int = column(pa.int32(), "its place in the order of pruning, 1 goes first")
     is_memorizer: bool | None = column(
         pa.bool_(), "it is among those that the chosen cut takes away; null if no cut was chosen", nullable=True

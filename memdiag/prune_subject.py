@@ -22,8 +22,9 @@ from memdiag.errors import InputError
 from memdiag.observe import neurons
 from memdiag.prune_inputs import Inputs
 from memdiag.pruning import GROUPS, Row
-from memdiag.reading import check_kind, in_halves, stream_of
+from memdiag.reading import check_kind, in_halves, rows_of_batch, stream_of
 
+PIECE = 4  # examples on which it is tried out what the model is
 CACHED_BYTES = 2**29  # batches are kept for the next pass while they are smaller than this
 
 
@@ -37,6 +38,7 @@ class Subject:
     sites: list[neurons.Site] = field(default_factory=list)
     skipped: list[observe.Skipped] = field(default_factory=list)
     predicts: bool = False  # a causal language model
+    n_classes: int = 0  # of a classifier
 
     @property
     def prefix(self) -> int:
@@ -103,22 +105,23 @@ def load(inputs: Inputs) -> Subject:
     subject = Subject(inputs, model, device)
     first = next(iter(subject.train))
     check_kind(model, first)
-    piece = observe.to_inputs(first, model)
+    piece = observe.to_inputs(rows_of_batch(first, slice(0, PIECE)), model)
     subject.predicts = piece.tokens is not None and observe.predicts_next_token(model, piece.tokens)
     try:
         with torch.inference_mode():
             logits = observe.call(model, piece)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if devices.is_out_of_memory(error):
-            raise InputError("the first batch does not fit in memory; use --batch-size or --dtype bfloat16") from None
+            raise InputError(f"{PIECE} examples do not fit in memory; use --dtype bfloat16 or --max-length") from None
         raise InputError(f"the model cannot run on this data: {' '.join(str(error).split())[:160]}") from error
     if not subject.predicts:
-        _check_classifier(inputs, logits)
+        subject.n_classes = _classes(inputs, logits)
     subject.sites, subject.skipped = neurons.sites_of(model, piece, inputs.options.layers)
     return subject
 
 
-def _check_classifier(inputs: Inputs, logits: Tensor | None) -> None:
+def _classes(inputs: Inputs, logits: Tensor | None) -> int:
+    """The number of classes of a classifier whose data have labels; anything else is refused."""
     if logits is None or logits.ndim != 2:
         raise InputError(
             "the model is neither a classifier (logits of shape example × class) nor a causal language model; "
@@ -131,6 +134,7 @@ def _check_classifier(inputs: Inputs, logits: Tensor | None) -> None:
     for dataset in (inputs.train, inputs.test):
         if dataset is not None and not dataset.has_labels:
             raise InputError(f"{dataset.name}: a classifier needs labels; name the column with --columns label=y")
+    return logits.shape[1]
 
 
 def check_labels(labels: NDArray[np.int64] | None, n_classes: int, name: str) -> None:

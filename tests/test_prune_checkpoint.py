@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
 
 import memdiag
-from memdiag import checkpoint, cli, observe, prune_checkpoint, prune_inputs, prune_subject, tasks
+from memdiag import checkpoint, cli, observe, prune_checkpoint, prune_inputs, prune_report, prune_subject, tasks
 from memdiag.checkpoint import open_checkpoints
 from memdiag.dataset import collate, open_dataset
 from memdiag.errors import InputError
@@ -210,10 +210,44 @@ def test_the_size_of_batches_does_not_matter(deep: Path) -> None:
     )
 
 
+class Hungry(MLP):
+    """Its memory runs out at more than 50 examples."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if len(features) > 50:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B")
+        return super().forward(features)
+
+
+def hungry() -> nn.Module:
+    return Hungry(MlpConfig((64, 256, 10)))
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_batches_that_do_not_fit_run_in_halves(
+    shallow: Path, of_shallow: Pruned, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    if not closed:
+        monkeypatch.setattr(prune_checkpoint, "readout_of", lambda subject: None)
+    found = memdiag.prune_memorizers(
+        shallow / "model.safetensors", model=f"{__name__}:hungry", data=NOISY, truth="corrupted", points=3
+    )
+    for mine, plain in zip(found.neurons.table.to_pylist(), of_shallow.neurons.table.to_pylist()):
+        assert mine["memorization"] == pytest.approx(plain["memorization"], rel=1e-4, abs=1e-5)
+    expected = {row["n_pruned"]: row["train_clean_acc"] for row in main_rows(of_shallow)}
+    assert all(row["train_clean_acc"] == expected[row["n_pruned"]] for row in main_rows(found))
+    plan = prune_report.plan(
+        str(shallow / "model.safetensors"), PruneOptions(model=f"{__name__}:hungry", data=NOISY, truth="corrupted")
+    )
+    assert plan["neurons"] == 256
+
+
 # -- where truth comes from ----------------------------------------------------------------------------------------
 
 
-def test_a_score_can_say_which_are_suspect(shallow: Path, of_shallow: Pruned, tmp_path: Path) -> None:
+def test_a_score_can_say_which_are_suspect(
+    shallow: Path, of_shallow: Pruned, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import dataclasses
 
     from memdiag import tables
@@ -236,12 +270,19 @@ def test_a_score_can_say_which_are_suspect(shallow: Path, of_shallow: Pruned, tm
     assert np.corrcoef(list(mine.values()), list(theirs.values()))[0, 1] > 0.999
     reverse = prune_inputs.read_suspects(f"{tmp_path}/score.parquet:-badness:0.1")
     assert all(row["badness"] == 0 for row in rows if row["example_id"] in reverse)
+    tables.write(tmp_path / "twice.parquet", ScoreRow, [rows, rows[5:6]], {"report": "score"})
+    other = [row | {"example_id": f"elsewhere {i}"} for i, row in enumerate(rows[:5])]
+    tables.write(tmp_path / "more.parquet", ScoreRow, [rows, other], {"report": "score"})
+    with caplog.at_level("WARNING", logger="memdiag"):
+        memdiag.prune_memorizers(shallow, suspects=f"{tmp_path}/more.parquet:-badness:0.9", n=1, points=1)
+    assert any("suspects are not among the training examples" in line for line in caplog.messages)
     for text, says in {
         "x": "is not of the form",
         f"{tmp_path}/score.parquet:badness:2": "wanted more than 0 and less than 1",
         f"{tmp_path}/score.parquet:badnes:0.1": "did you mean 'badness'",
         f"{tmp_path}/score.parquet:example_id:0.1": "wanted numbers",
         f"{tmp_path}/none.parquet:badness:0.1": "no such report",
+        f"{tmp_path}/twice.parquet:badness:0.1": "comes more than once",
     }.items():
         with pytest.raises(InputError, match=says):
             prune_inputs.read_suspects(text)
@@ -469,4 +510,5 @@ def test_options_are_recorded(of_shallow: Pruned, shallow: Path) -> None:
     assert given == str(shallow)
     assert options == PruneOptions(truth="corrupted")
     assert of_shallow.meta["dataset"]["columns"]["truth"] == "corrupted"
+    assert of_shallow.meta["dtype"] == "float32"  # what `auto` came to
     assert of_shallow.meta["dataset"]["columns"]["true_label"] == "true_label"

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 from memdiag.cli import options as o
 
@@ -119,14 +119,7 @@ def entropy(
         report = entropy_report.measure(checkpoint, settings, out=out, force=force, progress=progress)
     if report.path is None:  # another rank writes and shows it
         return
-    if plot is not None:
-        entropy_view.plot(report, plot)
-    if as_json:
-        print(json.dumps(entropy_view.summary(report) | ({"plot": str(plot)} if plot else {})))
-    elif (sys.stdout.isatty() or show) and not quiet:
-        entropy_view.print_table(report)
-    else:
-        print(report.path)
+    finish(entropy_view, report, plot=plot, as_json=as_json, show=show, quiet=quiet)
 
 
 def prune_memorizers(
@@ -223,12 +216,22 @@ def prune_memorizers(
         drawing.check_plot(plot)
     with Progress(show=not quiet) as progress:
         found = prune_report.measure(checkpoint, settings, out=out, force=force, progress=progress)
+    finish(prune_view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)
+
+
+def finish(view: Any, found: Any, *, plot: Path | None, as_json: bool, show: bool, quiet: bool) -> None:
+    """What every command does last: draw, then print JSON, a table for people, or the path.
+
+    Args:
+        view: the module with `plot`, `summary` and `print_table` of what was found.
+        found: a report, or several in a directory; its `path` says where.
+    """
     if plot is not None:
-        prune_view.plot(found, plot)
+        view.plot(found, plot)
     if as_json:
-        print(json.dumps(prune_view.summary(found) | ({"plot": str(plot)} if plot else {})))
+        print(json.dumps(view.summary(found) | ({"plot": str(plot)} if plot else {})))
     elif (sys.stdout.isatty() or show) and not quiet:
-        prune_view.print_table(found)
+        view.print_table(found)
     else:
         print(found.path)
 

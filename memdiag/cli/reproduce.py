@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from memdiag.cli import options as o
-from memdiag.cli.measure import begin, print_plan
+from memdiag.cli.measure import begin, finish, print_plan
 
 
 def reproduce(
@@ -55,11 +53,4 @@ def reproduce(
     with Progress(show=not quiet) as progress:
         place = out or Path(f"reproduce-{name}")
         found = reproduce_report.measure(name, settings, out=place, force=force, progress=progress)
-    if plot is not None:
-        reproduce_view.plot(found, plot)
-    if as_json:
-        print(json.dumps(reproduce_view.summary(found) | ({"plot": str(plot)} if plot else {})))
-    elif (sys.stdout.isatty() or show) and not quiet:
-        reproduce_view.print_table(found)
-    else:
-        print(found.path)
+    finish(reproduce_view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)

@@ -1,7 +1,7 @@
 """What "To grok or not to grok" (Doshi et al. 2023, arXiv:2310.13061) claims, and what we claim of its networks.
 
 The paper's figures are those of its text, those read off its figures, or those in the output of the authors' notebook.
-Where it gives none, the band is what an earlier run of ours gave, with a tolerance set before this code was written;
+Where it gives none, the band is what an earlier run of ours gave, with a tolerance;
 what a phase or an order means needs no figure. Needs no torch.
 """
 
