@@ -18,24 +18,30 @@ from memdiag.errors import IncompleteError, InputError
 if TYPE_CHECKING:
     from memdiag.entropy_report import entropy
     from memdiag.prune_report import Pruned, prune_memorizers
+    from memdiag.regulariser import Gapt
     from memdiag.reproduce_report import Reproduced, reproduce
     from memdiag.tables import Report, read
+    from memdiag.train_gapt_report import TrainedGapt, train_gapt
 
 __version__ = "0.1.0"
 __all__ = [
+    "Gapt",
     "IncompleteError",
     "InputError",
     "Pruned",
     "Report",
     "Reproduced",
+    "TrainedGapt",
     "__version__",
     "entropy",
     "prune_memorizers",
     "read",
     "reproduce",
+    "train_gapt",
 ]
 
 _HOME = {
+    "Gapt": "memdiag.regulariser",
     "entropy": "memdiag.entropy_report",
     "prune_memorizers": "memdiag.prune_report",
     "Pruned": "memdiag.prune_report",
@@ -43,6 +49,8 @@ _HOME = {
     "read": "memdiag.tables",
     "reproduce": "memdiag.reproduce_report",
     "Reproduced": "memdiag.reproduce_report",
+    "train_gapt": "memdiag.train_gapt_report",
+    "TrainedGapt": "memdiag.train_gapt_report",
 }
 
 

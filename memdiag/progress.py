@@ -50,14 +50,14 @@ class Progress:
                 self._bar.remove_task(task)
             self._bar.add_task(what, total=total)
 
-    def advance(self, n: int) -> None:
-        """`n` more are done."""
+    def advance(self, n: int, note: str = "") -> None:
+        """`n` more are done; `note` says how it stands."""
         self._done += n
         if self._bar:
-            self._bar.advance(self._bar.task_ids[-1], n)
+            shown = f"{self._what}  {note}" if note else self._what
+            self._bar.update(self._bar.task_ids[-1], advance=n, description=shown)
         elif self._show and self._done and time.monotonic() - self._said > EVERY_S:
             self._said = time.monotonic()
             left = (self._said - self._began) / self._done * (self._total - self._done)
-            print(
-                f"{self._what}: {self._done}/{self._total} {self._unit}, ETA {left:.0f} s", file=sys.stderr, flush=True
-            )
+            line = f"{self._what}: {self._done}/{self._total} {self._unit}, ETA {left:.0f} s"
+            print(f"{line}  {note}" if note else line, file=sys.stderr, flush=True)

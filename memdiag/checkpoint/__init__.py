@@ -16,16 +16,34 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from memdiag.checkpoint import steps as _steps
 from memdiag.checkpoint import weights as _weights
+from memdiag.checkpoint.fresh import new_model, read_config
 from memdiag.checkpoint.saving import save
 from memdiag.checkpoint.steps import inner_steps
-from memdiag.checkpoint.tokens import open_tokenizer, pad_id, tokenizer_fingerprint
+from memdiag.checkpoint.tokens import (
+    open_tokenizer,
+    pad_id,
+    read_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from memdiag.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "inner_steps", "open_checkpoints", "pad_id", "save", "tokenizer_fingerprint"]
+__all__ = [
+    "Checkpoint",
+    "inner_steps",
+    "new_model",
+    "open_checkpoints",
+    "pad_id",
+    "read_config",
+    "read_tokenizer",
+    "save",
+    "tokenizer_fingerprint",
+    "train_tokenizer",
+]
 
 KNOWN = (
     "a directory with config.json and safetensors, a run of those (checkpoint-500, step_500, ...), "

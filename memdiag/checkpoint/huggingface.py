@@ -28,7 +28,7 @@ NOT_OURS = {
 }
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse, from the config alone, what memdiag cannot or will not open. Imports transformers."""
     from transformers import CONFIG_MAPPING
 
@@ -59,10 +59,10 @@ def load(
     Raises:
         InputError: the config makes no model, or model and tensors do not fit; the tensors at fault are named.
     """
-    _check_config(path, config)
+    check_config(path, config)
     with quiet(), refusing(f"{path}: config.json makes no model"):
         _check_sizes(path, config, stored)
-        settings = _settings(path, config)
+        settings = settings_of(path, config)
         model_class = _model_class(path, config, settings)
         _check_skeleton(path, model_class, settings, stored)
     with quiet(), refusing(f"{path}: transformers cannot load it"):
@@ -88,7 +88,8 @@ def _without(config: Any) -> Any:
     return [_without(value) for value in config] if isinstance(config, list) else config
 
 
-def _settings(path: Path, config: Mapping[str, Any]) -> Any:
+def settings_of(path: Path, config: Mapping[str, Any]) -> Any:
+    """The transformers config, without what would fetch or run something."""
     from transformers import CONFIG_MAPPING
 
     settings = CONFIG_MAPPING[config["model_type"]].from_dict(_without(config))

@@ -15,13 +15,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def save(path: str | Path, model: nn.Module, *, tokenizer: Any = None, task: str | None = None) -> None:
+def save(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    task: str | None = None,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write a checkpoint directory: config.json, safetensors and, if given, the tokenizer.
 
     Args:
         model: a transformers model or one of memdiag.models; of any other module only the weights are written,
             to be opened with its factory.
         task: the task it was trained on, kept in config.json as `memdiag_task`.
+        weights: of a transformers model, the state dict to write instead of its own, which may be in shards.
     Raises:
         InputError: the path is taken. An empty directory is not in the way.
     """
@@ -32,7 +40,7 @@ def save(path: str | Path, model: nn.Module, *, tokenizer: Any = None, task: str
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir(parents=True)
     try:
-        _write(partial, model, tokenizer, task)
+        _write(partial, model, tokenizer, task, weights)
         _flush(partial)
         os.replace(partial, target)
     except BaseException:
@@ -40,7 +48,9 @@ def save(path: str | Path, model: nn.Module, *, tokenizer: Any = None, task: str
         raise
 
 
-def _write(directory: Path, model: nn.Module, tokenizer: Any, task: str | None) -> None:
+def _write(
+    directory: Path, model: nn.Module, tokenizer: Any, task: str | None, weights: dict[str, Tensor] | None
+) -> None:
     from transformers import PreTrainedModel
 
     from memdiag.checkpoint.guard import quiet
@@ -50,7 +60,7 @@ def _write(directory: Path, model: nn.Module, tokenizer: Any, task: str | None) 
     config_file = directory / "config.json"
     if isinstance(model, PreTrainedModel):
         with quiet():
-            model.save_pretrained(directory)
+            model.save_pretrained(directory, state_dict=weights)
         config = json.loads(config_file.read_text())
     else:
         stored = _write_weights(directory, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,29 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
          "sentencepiece.bpe.model", "tiktoken.model")  # fmt: skip
 
+END_OF_TEXT = "<|endoftext|>"
+
 
 def open_tokenizer(checkpoint: Path, step: int | None, given: str | None) -> PreTrainedTokenizerBase | None:
     """See Checkpoint.tokenizer."""
     if given is not None:
-        directory = Path(given)
-        if not _has_tokenizer(directory):
-            raise InputError(f"{directory}: no tokenizer there (wanted one of {', '.join(FILES[:4])})")
-        return _load(directory)
+        return read_tokenizer(given)
     own = checkpoint if checkpoint.is_dir() else checkpoint.parent
     # A run saves its tokenizer once, beside the checkpoints.
     places = [own, Path(os.path.abspath(own)).parent] if step is not None and checkpoint.is_dir() else [own]
     return next((_load(place) for place in places if _has_tokenizer(place)), None)
+
+
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory.
+
+    Raises:
+        InputError: there is none, or its files are damaged or need foreign code.
+    """
+    directory = Path(path)
+    if not _has_tokenizer(directory):
+        raise InputError(f"{directory}: no tokenizer there (wanted one of {', '.join(FILES[:4])})")
+    return _load(directory)
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -46,6 +58,28 @@ def _load(directory: Path) -> PreTrainedTokenizerBase:
         len(tokenizer)  # a damaged vocabulary shows here, not in the middle of a data set
         tokenizer("a b")
     return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of at most `vocab_size` tokens: any text can be encoded, none is unknown. Token 0 ends a text.
+
+    Raises:
+        InputError: fewer tokens than there are bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise InputError(f"a vocabulary of {vocab_size} cannot hold all bytes; wanted at least {len(alphabet) + 1}")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
 def pad_id(model: Any, tokenizer: Any = None) -> int:

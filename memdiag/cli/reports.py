@@ -23,6 +23,8 @@ ROWS = {
     "prune-memorizers.filtration": "memdiag.prune_report:FiltrationRow",
     "reproduce.claims": "memdiag.reproduce_report:ClaimRow",
     "reproduce.phases": "memdiag.reproduce_report:PhaseRow",
+    "train-gapt.history": "memdiag.train_gapt_report:HistoryRow",
+    "train-gapt.compare": "memdiag.train_gapt_report:CompareRow",
 }
 
 

@@ -127,6 +127,10 @@ class Dataset:
             raise fault(self.name, "holds text; wanted a tokenizer (--tokenizer PATH) or a column of input_ids")
         return self._tokenised(self._rows(rank, world_size), tokenizer, max_length, vocab_size)
 
+    def texts(self) -> Iterator[tuple[int, str]]:
+        """(row, text) of every example of a dataset of texts, in row order; errors as `examples`."""
+        return ((row, self._value(row, "text", cell)) for row, cell in self._cells("text"))
+
     # --- rows
 
     def _rows(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,0 +1,263 @@
+"""What a GAPT run did, for people: a summary, a table, and cross-entropy and entropy over the updates. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memdiag.drawing import number, savefig, sparkline
+from memdiag.gapt import COMPRESS
+from memdiag.tables import Report
+from memdiag.train_gapt_report import TrainedGapt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+POINTS = 60  # characters of a curve
+SHADE, CE_COLOUR, MBE_COLOUR, VAL_COLOUR = "#f2d7a6", "#1f4e79", "#b03a2e", "#111111"
+
+
+def summary_of(history: Report, val_layers: Mapping[int, Sequence[float | None] | None]) -> dict[str, Any]:
+    """The headline figures of a run; `val_layers` has the held-out entropy of every layer at every save."""
+    table, meta = history.table, history.meta
+    phases, reasons = table["phase"].to_pylist(), table["switch_reason"].to_pylist()
+    ce, mbe = table["ce"].to_pylist(), table["mbe"].to_pylist()
+    tail = max(1, len(ce) // 10)
+    known = [value for value in mbe[-tail:] if value is not None]
+    saves = [
+        {"step": step, "val_ce": val_ce, "val_mbe": val_mbe, "val_mbe_layers": val_layers.get(step)}
+        for step, val_ce, val_mbe in zip(*(table[name].to_pylist() for name in ("step", "val_ce", "val_mbe")))
+        if step in val_layers
+    ]
+    ratios = [value for value in table["gradient_ratio"].to_pylist() if value is not None]
+    return {
+        "gate": meta["options"]["gate"],
+        "weight": meta["options"]["weight"],
+        "seed": meta["options"]["seed"],
+        "updates": len(ce),
+        "tokens": table["tokens"][-1].as_py(),
+        "active_layers": meta["settled"]["active_layers"],
+        "share_compress": phases.count(COMPRESS) / len(phases),
+        "switches": {reason: reasons.count(reason) for reason in sorted({r for r in reasons if r is not None})},
+        "train_ce": sum(ce[-tail:]) / tail,
+        "train_mbe": sum(known) / len(known) if known else None,
+        "gradient_ratio": sorted(ratios)[len(ratios) // 2] if ratios else None,
+        "saves": saves,
+    }
+
+
+def summary(found: TrainedGapt) -> dict[str, Any]:
+    """What --json prints: paths and the summary, or the comparison."""
+    if found.compare is not None:
+        return {"directory": str(found.path), "report": str(found.compare.path), **found.summary}
+    assert found.history is not None
+    return {"directory": str(found.path), "report": str(found.history.path), **found.summary}
+
+
+def print_table(found: TrainedGapt) -> None:
+    """How the run went, or how the arms compare."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, emoji=False, highlight=False)
+    if found.compare is not None:
+        _print_compare(console, found)
+    else:
+        _print_run(console, found)
+    console.print("[dim]directory:[/] ", end="")
+    console.print(str(found.path), markup=False, soft_wrap=True)
+
+
+# -- one run -------------------------------------------------------------------------------------------------------
+
+
+def _print_run(console: Console, found: TrainedGapt) -> None:
+    assert found.history is not None
+    about, table = found.summary, found.history.table
+    active = about["active_layers"]
+    console.print(
+        f"[bold]gate {about['gate']}[/]  w {about['weight']:g} on layers {_ranges(active)}  "
+        f"{about['updates']} updates, {about['tokens']:,} tokens"
+    )
+    ce, mbe = (table[name].to_pylist() for name in ("ce", "mbe"))
+    compress = [phase == COMPRESS for phase in table["phase"].to_pylist()]
+    console.print(f"  CE     {number(ce[0])}  {sparkline(_thinned(ce))}  {number(ce[-1])}")
+    console.print(f"  MBE    {number(mbe[0])}  {sparkline(_thinned(mbe))}  {number(mbe[-1])}")
+    marks = "".join("█" if share and share >= 0.5 else "▁" for share in _thinned([float(c) for c in compress]))
+    console.print(f"  phase         {marks}  {about['share_compress']:.0%} compress")
+    console.print(f"[dim]switches:[/] {_switches(about['switches'])}")
+    if about["gradient_ratio"] is not None:
+        console.print(f"[dim]median of |w g_MBE| / |g_CE| while compressing:[/] {about['gradient_ratio']:.3g}")
+    _print_saves(console, about["saves"])
+
+
+def _print_saves(console: Console, saves: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not saves or saves[-1]["val_ce"] is None:
+        console.print("[dim]nothing was held out[/]")
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("checkpoint", "val CE", "val MBE"):
+        table.add_column(heading, justify="right")
+    table.add_column("val MBE by layer, 0 to L", no_wrap=True)
+    for save in saves:
+        layers = save["val_mbe_layers"] or []
+        shown = " ".join(number(value, 2) for value in layers) if len(layers) <= 13 else sparkline(list(layers))
+        table.add_row(str(save["step"]), number(save["val_ce"]), number(save["val_mbe"]), shown)
+    console.print(table)
+
+
+def _thinned(values: Sequence[float | None]) -> list[float | None]:
+    """At most POINTS means of consecutive values."""
+    cuts = np.linspace(0, len(values), min(POINTS, len(values)) + 1).astype(int)
+    means: list[float | None] = []
+    for start, stop in itertools.pairwise(cuts.tolist()):
+        known = [value for value in values[start:stop] if value is not None]
+        means.append(sum(known) / len(known) if known else None)
+    return means
+
+
+def _switches(switches: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} by {reason.replace('_', ' ')}" for reason, n in switches.items()) or "none"
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """[2, 3, 4, 7] as 2-4,7."""
+    shown = []
+    for _, group in itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
+        run = [layer for _, layer in group]
+        shown.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ",".join(shown)
+
+
+def plot(found: TrainedGapt, path: Path) -> None:
+    """Draw the run, or the comparison."""
+    if found.compare is not None:
+        plot_compare(found.compare, path)
+    else:
+        plot_history(found.report, path)
+
+
+def plot_history(history: Report, path: Path) -> None:
+    """Cross-entropy and entropy over the updates, the phases that compress shaded."""
+    from matplotlib.figure import Figure
+
+    table = history.table
+    steps = np.array(table["step"].to_pylist())
+    canvas = Figure(figsize=(8, 5), layout="constrained", dpi=150)
+    above, below = canvas.subplots(2, 1, sharex=True)
+    above.plot(steps, table["ce"].to_pylist(), color=CE_COLOUR, linewidth=0.8, label="training")
+    val = [(s, v) for s, v in zip(steps, table["val_ce"].to_pylist()) if v is not None]
+    if val:
+        above.plot(*zip(*val), "o", color=VAL_COLOUR, markersize=4, label="held out")
+    above.set_ylabel("cross-entropy (nats)")
+    layers = np.array(table["mbe_layers"].to_pylist(), dtype=float)  # (steps, layers)
+    active = set(history.meta["settled"]["active_layers"])
+    for layer in range(layers.shape[1]):
+        if layer not in active:
+            below.plot(
+                steps,
+                layers[:, layer],
+                color="#9aa0a6",
+                linewidth=0.6,
+                label="each other layer" if layer == 0 else None,
+            )
+    mbe = np.array(table["mbe"].to_pylist(), dtype=float)
+    below.plot(steps, mbe, color=MBE_COLOUR, linewidth=1.0, label="active layers, mean")
+    below.set(ylabel="entropy of patches (nats)", xlabel="update", ylim=(0, None))
+    shaded = _stretches(table["phase"].to_pylist())
+    for axis in (above, below):
+        for start, stop in shaded:
+            axis.axvspan(steps[start] - 0.5, steps[stop] + 0.5, color=SHADE, alpha=0.6, linewidth=0, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.01)
+    if shaded:
+        above.fill_between([], [], color=SHADE, label="compress")
+    for axis in (above, below):
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
+    options = history.meta["options"]
+    above.set_title(f"gate {options['gate']}, w {options['weight']:g}, seed {options['seed']}", fontsize=10, loc="left")
+    savefig(canvas, path)
+
+
+def _stretches(phases: Sequence[str]) -> list[tuple[int, int]]:
+    """First and last index of every stretch that compresses."""
+    found, start = [], 0
+    for phase, group in itertools.groupby(phases):
+        length = len(list(group))
+        if phase == COMPRESS:
+            found.append((start, start + length - 1))
+        start += length
+    return found
+
+
+# -- the comparison ------------------------------------------------------------------------------------------------
+
+MEASURES = {
+    "val_ce": "held-out CE",
+    "val_mbe": "held-out MBE, active layers",
+    "val_mbe_other": "held-out MBE, other layers",
+    "train_ce": "training CE",
+}
+
+
+def _print_compare(console: Console, found: TrainedGapt) -> None:
+    from rich.table import Table
+
+    assert found.compare is not None
+    rows = found.compare.table.to_pylist()
+    for measure, title in MEASURES.items():
+        mine = [row for row in rows if row["measure"] == measure]
+        table = Table(
+            box=None, pad_edge=False, header_style="dim", title=title, title_justify="left", title_style="bold"
+        )
+        for heading in (
+            "arm",
+            "w",
+            "compress",
+            "nats",
+            "95 % interval",
+            f"{mine[0]['arm']} minus this",
+            "95 % interval",
+            "lower in",
+        ):
+            table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+        for row in mine:
+            own = row["difference"] is None
+            table.add_row(
+                row["arm"], f"{row['weight']:.3g}", f"{row['share_compress']:.0%}", number(row["mean"]),
+                _interval(row["lo"], row["hi"]), number(row["difference"]),
+                _interval(row["difference_lo"], row["difference_hi"]),
+                "" if own else f"{row['n_lower']} of {row['n_seeds']}",
+            )  # fmt: skip
+        console.print(table)
+
+
+def _interval(lo: float | None, hi: float | None) -> str:
+    return "–" if lo is None else f"{number(lo)} – {number(hi)}"
+
+
+def plot_compare(compare: Report, path: Path) -> None:
+    """The arms side by side: mean and 95 % interval over seeds of every measure."""
+    from matplotlib.figure import Figure
+
+    rows = compare.table.to_pylist()
+    canvas = Figure(figsize=(3.0 * len(MEASURES), 3.2), layout="constrained", dpi=150)
+    for axis, (measure, title) in zip(canvas.subplots(1, len(MEASURES)), MEASURES.items()):
+        mine = [row for row in rows if row["measure"] == measure and row["mean"] is not None]
+        for x, row in enumerate(mine):
+            colour = MBE_COLOUR if row["difference"] is None else CE_COLOUR
+            axis.plot(x, row["mean"], "o", color=colour)
+            if row["lo"] is not None:
+                axis.plot([x, x], [row["lo"], row["hi"]], color=colour, linewidth=2)
+        axis.set_xticks(range(len(mine)), [row["arm"] for row in mine], rotation=30, ha="right", fontsize=8)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_ylabel("nats", fontsize=8)
+        axis.margins(x=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    savefig(canvas, path)
