@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -163,6 +164,8 @@ class Work:
         if self.sequences.val is None:
             return
         ce, layers = self.run.evaluate(self.sequences.val, self.run.recipe.batch_size)
+        if not math.isfinite(ce):  # weights that are no good are not saved
+            raise Diverged(self.run.training.step - 1, "held-out loss")
         known = [layers[layer] for layer in self.run.active]
         mbe = None if None in known else sum(v for v in known if v is not None) / len(known)
         self.rows[-1] |= {"val_ce": ce, "val_mbe": mbe, "val_mbe_layers": layers}
