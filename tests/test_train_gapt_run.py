@@ -260,7 +260,7 @@ def test_two_processes_train_the_same_as_one(tmp_path, settings, config, torchru
         assert theirs == pytest.approx(mine, rel=tolerance, abs=1e-6), name  # compressed to 0.004, mbe is rounding
     a, b = (load_file(tmp_path / name / "checkpoint-24" / "model.safetensors") for name in ("one", "two"))
     for name, tensor in a.items():
-        torch.testing.assert_close(b[name], tensor, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(b[name], tensor, rtol=1e-4, atol=1e-5)
     # the identity is the same, so one process finds the other's run finished
     again = memdiag.train_gapt(out=tmp_path / "two", **settings)
     assert again.table.equals(two.table)
