@@ -252,8 +252,12 @@ def check_place(path: Path, identity: Callable[[], Mapping[str, Any]], *, force:
 
 
 def differing(a: Report, b: Report) -> list[str]:
-    """The columns that are not equal, bit for bit; those of only one of the two among them."""
-    names = sorted({*a.table.column_names, *b.table.column_names})
+    """The columns that are not equal, bit for bit; those of only one of the two among them.
+
+    Speeds (unit …/s) are a clock's, which no run repeats, and are not compared.
+    """
+    clock = {name for name, _, unit, *_ in described(a.table.schema) if unit.endswith("/s")}
+    names = sorted({*a.table.column_names, *b.table.column_names} - clock)
     both = {*a.table.column_names} & {*b.table.column_names}
     return [name for name in names if name not in both or not a.table[name].equals(b.table[name])]
 

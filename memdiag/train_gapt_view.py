@@ -149,7 +149,7 @@ def plot_history(history: Report, path: Path) -> None:
 
     table = history.table
     steps = np.array(table["step"].to_pylist())
-    canvas = Figure(figsize=(8, 5), layout="constrained", dpi=150)
+    canvas = Figure(figsize=(9, 5), layout="constrained", dpi=150)
     above, below = canvas.subplots(2, 1, sharex=True)
     above.plot(steps, table["ce"].to_pylist(), color=CE_COLOUR, linewidth=0.8, label="training")
     val = [(s, v) for s, v in zip(steps, table["val_ce"].to_pylist()) if v is not None]
@@ -179,7 +179,7 @@ def plot_history(history: Report, path: Path) -> None:
     if shaded:
         above.fill_between([], [], color=SHADE, label="compress")
     for axis in (above, below):
-        axis.legend(fontsize=8, frameon=False, loc="upper right")
+        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     options = history.meta["options"]
     above.set_title(f"gate {options['gate']}, w {options['weight']:g}, seed {options['seed']}", fontsize=10, loc="left")
     savefig(canvas, path)

@@ -134,6 +134,14 @@ def _again(old: Report, path: Path, out: Path | None, *, force: bool, progress: 
         found = prune_report.measure(given, options, out=target, force=force, progress=progress)
         again: Report = getattr(found, kind.removeprefix("prune-memorizers."))
         return again, target
+    if kind.startswith("train-gapt."):
+        from memdiag import train_gapt_report
+
+        given, choices = train_gapt_report.options_of(old)
+        folder = path.absolute().parent
+        target = out or folder.with_name(f"{folder.name}.rerun")
+        made = train_gapt_report.measure(given, choices, out=target, force=force, progress=progress)
+        return None if made.path is None else (made.report, target)
     from memdiag import entropy_report
 
     checkpoint, settings = entropy_report.options_of(old)
