@@ -96,20 +96,22 @@ class Gate:
             ce: cross-entropy in nats (or another loss, ≥ 0).
             mbe: entropy of each active layer in nats, always of the same layers.
         Raises:
-            ValueError: another number of layers than before.
+            ValueError: of a gate that looks at them, another number of layers than before, or none.
         """
-        seen = dataclasses.replace(self, seen=self.seen + 1, reason=None)
+        ce, mbe = float(ce), tuple(map(float, mbe))
+        is_finite = math.isfinite(ce) and all(map(math.isfinite, mbe))
+        seen = dataclasses.replace(self, seen=self.seen + 1, skipped=self.skipped + (not is_finite), reason=None)
         if self.rule.gate == "random":
             return _scheduled(seen)
-        if not (math.isfinite(ce) and all(map(math.isfinite, mbe))):
-            return dataclasses.replace(seen, skipped=self.skipped + 1)
-        if self.rule.gate in ("none", "constant"):
+        if self.rule.gate in ("none", "constant") or not is_finite:
             return seen
-        smoothed = seen._smooth(ce, tuple(map(float, mbe)))
+        smoothed = seen._smooth(ce, mbe)
         return _relative(smoothed) if self.rule.gate == "relative" else _paper(smoothed)
 
     def _smooth(self, ce: float, mbe: tuple[float, ...]) -> Gate:
         beta = self.rule.smoothing
+        if not mbe:
+            raise ValueError("mbe is of no layer")
         if self.mean_ce is None or self.mean_mbe is None:
             return dataclasses.replace(self, mean_ce=ce, mean_mbe=mbe)
         if len(mbe) != len(self.mean_mbe):
@@ -150,7 +152,7 @@ def _paper(gate: Gate) -> Gate:
     if ce > best_ce * (1 + rule.spike):
         return _leave(gate, CE_SPIKE)
     old = gate.best_mbe or (math.inf,) * len(mbe)
-    gained = max((a - b for a, b in zip(old, mbe)), default=-math.inf)
+    gained = max(a - b for a, b in zip(old, mbe))
     stalled = 0 if gained > rule.mbe_delta else gate.mbe_stalled + 1
     gate = dataclasses.replace(gate, best_mbe=tuple(map(min, old, mbe)), mbe_stalled=stalled)
     return _leave(gate, MBE_PLATEAU) if stalled >= rule.mbe_patience else gate
@@ -161,7 +163,7 @@ def _relative(gate: Gate) -> Gate:
     rule, ce, mbe = gate.rule, gate.mean_ce, gate.mean_mbe
     assert ce is not None
     assert mbe is not None
-    mean = sum(mbe) / len(mbe) if mbe else math.inf
+    mean = sum(mbe) / len(mbe)
     best_mbe = gate.best_mbe[0] if gate.best_mbe else math.inf
     ce_gain, mbe_gain = _share_gained(ce, gate.best_ce), _share_gained(mean, best_mbe)
     gate = dataclasses.replace(gate, best_ce=min(gate.best_ce, ce), best_mbe=(min(best_mbe, mean),))

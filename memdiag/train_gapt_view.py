@@ -42,6 +42,7 @@ def summary_of(history: Report, val_layers: Mapping[int, Sequence[float | None] 
         "updates": len(ce),
         "tokens": table["tokens"][-1].as_py(),
         "active_layers": meta["settled"]["active_layers"],
+        "skipped": mbe.count(None),
         "share_compress": phases.count(COMPRESS) / len(phases),
         "switches": {reason: reasons.count(reason) for reason in sorted({r for r in reasons if r is not None})},
         "train_ce": sum(ce[-tail:]) / tail,
@@ -90,6 +91,8 @@ def _print_run(console: Console, found: TrainedGapt) -> None:
     marks = "".join("█" if share and share >= 0.5 else "▁" for share in _thinned([float(c) for c in compress]))
     console.print(f"  phase         {marks}  {about['share_compress']:.0%} compress")
     console.print(f"[dim]switches:[/] {_switches(about['switches'])}")
+    if about["skipped"]:
+        console.print(f"[dim]updates without a whole patch, which the gate skipped:[/] {about['skipped']}")
     if about["gradient_ratio"] is not None:
         console.print(f"[dim]median of |w g_MBE| / |g_CE| while compressing:[/] {about['gradient_ratio']:.3g}")
     _print_saves(console, about["saves"])
