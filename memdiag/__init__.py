@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memdiag.entropy_report import entropy
     from memdiag.prune_report import Pruned, prune_memorizers
     from memdiag.regulariser import Gapt
-    from memdiag.reproduce_report import Reproduced, reproduce
+    from memdiag.reproduce_report import Reproduced, ReproducedEffects, reproduce
     from memdiag.tables import Report, read
     from memdiag.train_gapt_report import TrainedGapt, train_gapt
 
@@ -31,6 +31,7 @@ __all__ = [
     "Pruned",
     "Report",
     "Reproduced",
+    "ReproducedEffects",
     "TrainedGapt",
     "__version__",
     "entropy",
@@ -49,6 +50,7 @@ _HOME = {
     "read": "memdiag.tables",
     "reproduce": "memdiag.reproduce_report",
     "Reproduced": "memdiag.reproduce_report",
+    "ReproducedEffects": "memdiag.reproduce_report",
     "train_gapt": "memdiag.train_gapt_report",
     "TrainedGapt": "memdiag.train_gapt_report",
 }

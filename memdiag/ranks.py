@@ -18,7 +18,8 @@ def start() -> tuple[int, int]:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("gloo")  # what is exchanged are sums in host memory, whatever the device
+        # sums and objects go through host memory; gradients and shards stay where they are
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)  # its threads, still running at exit, abort the process at times
     return dist.get_rank(), size
 

@@ -20,7 +20,11 @@ from memdiag.errors import InputError, unknown
 from memdiag.progress import Progress
 from memdiag.tables import column
 
-NAMES = ("grok",)
+GAPT = {"gapt-lm": "lm", "gapt-multiplication": "multiplication", "gapt-conflict": "conflict"}  # name -> its module
+SEEDS = {"grok": "0,1,2", "gapt-conflict": "0,1,2,3,4,5,6,7"} | dict.fromkeys(
+    ("gapt-lm", "gapt-multiplication"), "0,1,2,3,4"
+)  # by default
+NAMES = ("grok", *GAPT)
 PRESETS = ("smoke", "paper")
 MOST_SEEDS = 1000
 
@@ -106,7 +110,67 @@ class PhaseRow:
     )
 
 
+@dataclass(frozen=True)
+class EffectRow:
+    """One row per effect x arm: the baseline, the treated arm, then each control."""
+
+    report: ClassVar[str] = "reproduce.effects"
+    schema_version: ClassVar[int] = 1
+
+    name: str = column(pa.string(), "what --only takes")
+    statement: str = column(pa.string(), "what the paper says, in our words")
+    measure: str = column(pa.string(), "what is measured at the end of a run, as in runs.parquet")
+    arm: str = column(pa.string(), "how it was trained")
+    role: str = column(pa.string(), "baseline, treated (the paper's method) or control")
+    paper: float | None = column(pa.float64(), "the paper's figure for this arm; null if it gives none", nullable=True)
+    paper_note: str = column(pa.string(), "where that figure stands, and what to know about it")
+    ours: float | None = column(pa.float64(), "mean over seeds; null if undefined in one of them", nullable=True)
+    ours_lo: float | None = column(
+        pa.float64(), "lower end of its 95 % t interval over seeds; null for fewer than 3", nullable=True
+    )
+    ours_hi: float | None = column(pa.float64(), "upper end", nullable=True)
+    baseline: str | None = column(pa.string(), "the arm that the change is against; null for a baseline", nullable=True)
+    paper_change: float | None = column(pa.float64(), "the paper's change; null if it gives none", nullable=True)
+    change: float | None = column(
+        pa.float64(), "mean over seeds of arm minus baseline, paired; a share of the baseline's mean if is_relative",
+        nullable=True,
+    )  # fmt: skip
+    change_lo: float | None = column(
+        pa.float64(), "lower end of its 95 % t interval; null for fewer than 3 seeds", nullable=True
+    )
+    change_hi: float | None = column(pa.float64(), "upper end", nullable=True)
+    is_relative: bool = column(pa.bool_(), "changes are shares of the baseline's mean")
+    beyond: float | None = column(
+        pa.float64(), "of a control: the treated arm's change minus this arm's, paired; else null", nullable=True
+    )
+    beyond_lo: float | None = column(pa.float64(), "lower end of its 95 % t interval", nullable=True)
+    beyond_hi: float | None = column(pa.float64(), "upper end", nullable=True)
+    n_seeds: int = column(pa.int32(), "runs of each arm, each with its own data and initial weights")
+    n_higher: int | None = column(
+        pa.int32(), "seeds in which the arm is above its baseline; null for a baseline", nullable=True
+    )
+    verdict: str | None = column(
+        pa.string(),
+        "treated arm: agrees (the interval of the change lies on the paper's side of 0), disagrees, inconclusive",
+        nullable=True,
+    )
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One row per arm x seed x measure."""
+
+    report: ClassVar[str] = "reproduce.runs"
+    schema_version: ClassVar[int] = 1
+
+    arm: str = column(pa.string(), "how it was trained")
+    seed: int = column(pa.int64(), "of its data and initial weights")
+    measure: str = column(pa.string(), "what was measured at the end of the run")
+    value: float | None = column(pa.float64(), "its value; null if undefined", nullable=True)
+
+
 REPORTS: dict[str, type] = {"claims": ClaimRow, "phases": PhaseRow}
+EFFECT_REPORTS: dict[str, type] = {"effects": EffectRow, "runs": RunRow}
 
 
 @dataclass(frozen=True)
@@ -114,17 +178,33 @@ class ReproduceOptions:
     """Options of `memdiag reproduce`; the field names are the command's option names."""
 
     preset: str = "smoke"
-    seeds: str = "0,1,2"
+    seeds: str | None = None
     only: str | None = None
     no_map: bool = False
     dtype: str = "float32"
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise unknown("preset", self.preset, PRESETS)
         if self.dtype not in ("float32", "bfloat16"):
             raise unknown("dtype for training", self.dtype, ("float32", "bfloat16"))
-        self.seed_list()
+        if self.seeds is not None:
+            self.seed_list()
+
+    def settled_for(self, name: str) -> ReproduceOptions:
+        """With the seeds that this paper takes by default.
+
+        Raises:
+            InputError: a name or an option that does not go with it.
+        """
+        if name not in NAMES:
+            raise unknown("paper to reproduce", name, NAMES)
+        if name in GAPT and (self.no_map or self.dtype != "float32"):
+            raise InputError(f"--{'no-map' if self.no_map else 'dtype'} goes with grok, not with {name}; leave it out")
+        if name != "gapt-lm" and self.data is not None:
+            raise InputError(f"--data goes with gapt-lm; {name} makes its own data")
+        return self if self.seeds is not None else dataclasses.replace(self, seeds=SEEDS[name])
 
     def seed_list(self) -> list[int]:
         """The seeds as numbers.
@@ -132,7 +212,7 @@ class ReproduceOptions:
         Raises:
             InputError: they cannot be read, are negative, or one comes twice.
         """
-        texts = [text.strip() for text in self.seeds.split(",")]
+        texts = [text.strip() for text in (self.seeds or "").split(",")]
         if not all(text.isdecimal() and len(text) < 10 for text in texts) or len(set(map(int, texts))) < len(texts):
             raise InputError(f"--seeds {self.seeds!r}: wanted different whole numbers like 0,1,2")
         if len(texts) > MOST_SEEDS:
@@ -172,6 +252,29 @@ class Reproduced:
         return self.claims.to_pandas()
 
 
+@dataclass(frozen=True)
+class ReproducedEffects:
+    """What the command wrote of an experiment with arms."""
+
+    effects: tables.Report
+    runs: tables.Report
+    path: Path | None  # the directory
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows of the effects report."""
+        return self.effects.table
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """How it was made."""
+        return self.effects.meta
+
+    def to_pandas(self) -> Any:
+        """The effects report as a pandas DataFrame."""
+        return self.effects.to_pandas()
+
+
 def reproduce(
     name: str = "grok",
     *,
@@ -179,18 +282,19 @@ def reproduce(
     force: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> Reproduced:
+) -> Reproduced | ReproducedEffects:
     """Train the networks of a paper, measure what it claims, and say where it holds.
 
     Args:
-        name: the paper; grok: Doshi et al. 2023, "To grok or not to grok" (arXiv:2310.13061).
+        name: the paper; grok: Doshi et al. 2023, "To grok or not to grok" (arXiv:2310.13061); gapt-lm,
+            gapt-multiplication, gapt-conflict: the experiments of Yu 2025 (arXiv:2505.08727).
         out: the directory to write to; None keeps the reports in memory only.
         force: replace what stands at `out`.
         progress: shows how far it is.
         **options: the fields of ReproduceOptions, i.e. the options of `memdiag reproduce`; `seeds` and `only` may be
             lists.
     Returns:
-        The reports, rows as ClaimRow and PhaseRow.
+        The reports, rows as ClaimRow and PhaseRow; of the experiments, as EffectRow and RunRow.
     Raises:
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished; the same call goes on after the last finished network.
@@ -207,24 +311,31 @@ def reproduce(
         return measure(name, settings, out=Path(out), force=force, progress=progress)
     with tempfile.TemporaryDirectory() as directory:
         found = measure(name, settings, out=Path(directory) / f"reproduce-{name}", progress=progress)
-        claims, phases = (dataclasses.replace(report, path=None) for report in (found.claims, found.phases))
-        return Reproduced(claims, phases, path=None)
+        reports = {
+            field.name: dataclasses.replace(getattr(found, field.name), path=None)
+            for field in dataclasses.fields(found)
+            if field.name != "path"
+        }
+        return dataclasses.replace(found, path=None, **reports)
 
 
 def measure(
     name: str, options: ReproduceOptions, *, out: Path, force: bool = False, progress: Progress | None = None
-) -> Reproduced:
+) -> Reproduced | ReproducedEffects:
     """`reproduce` with its options as one value; writes to `out` and returns what it wrote."""
-    from memdiag import reproduce_run
+    from memdiag import reproduce_gapt_run, reproduce_run
 
-    return reproduce_run.run(name, options, out, force=force, progress=progress or Progress())
+    options = options.settled_for(name)
+    carry_out = reproduce_gapt_run.run if name in GAPT else reproduce_run.run
+    return carry_out(name, options, out, force=force, progress=progress or Progress())
 
 
 def plan(name: str, options: ReproduceOptions) -> dict[str, object]:
     """What `measure` would do, after trying a few steps: networks, steps, time, memory, disk."""
-    from memdiag import reproduce_run
+    from memdiag import reproduce_gapt_run, reproduce_run
 
-    return reproduce_run.plan(name, options)
+    planned = reproduce_gapt_run.plan if name in GAPT else reproduce_run.plan
+    return planned(name, options.settled_for(name))
 
 
 def options_of(report: tables.Report) -> tuple[str, ReproduceOptions]:

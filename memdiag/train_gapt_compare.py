@@ -9,19 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 import memdiag
 from memdiag import ranks, tables, train_gapt_run, train_gapt_view, workers
 from memdiag.errors import InputError
 from memdiag.progress import Progress
+from memdiag.reproduce_claims import mean_of, t_interval
 from memdiag.train_gapt_inputs import open_inputs
 from memdiag.train_gapt_report import CompareRow, TrainedGapt, TrainGaptOptions
 
@@ -108,7 +107,7 @@ def _share(out: Path, gate: str, seed: int) -> float:
     return float(summary["share_compress"])
 
 
-class _Counting(Progress):
+class Counting(Progress):
     """Hands on how many updates are done."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
@@ -125,7 +124,7 @@ def _train(job: tuple[str | None, TrainGaptOptions, Path, bool], advance: Callab
     if options.device in ("auto", "cpu"):
         torch.set_num_threads(1)  # as many processes as cores
     try:
-        train_gapt_run.run(checkpoint, options, out, force=not begun, progress=_Counting(advance))
+        train_gapt_run.run(checkpoint, options, out, force=not begun, progress=Counting(advance))
     finally:
         torch.set_num_threads(before)
 
@@ -139,23 +138,23 @@ def compare_rows(summaries: dict[str, list[dict[str, Any]]]) -> list[dict[str, A
     Args:
         summaries: arm -> the summary of each seed, in one order of seeds; the first arm is held against the others.
     """
-    gated, values = next(iter(summaries)), {arm: _values(runs) for arm, runs in summaries.items()}
+    gated, values = next(iter(summaries)), {arm: values_of(runs) for arm, runs in summaries.items()}
     rows = []
     for measure in train_gapt_view.MEASURES:
         mine = values[gated][measure]
         for arm, runs in summaries.items():
             theirs = values[arm][measure]
-            mean, lo, hi = interval(theirs)
+            lo, hi = t_interval(theirs)
             pairs = [None if a is None or b is None else a - b for a, b in zip(mine, theirs)]
-            difference, difference_lo, difference_hi = (None, None, None) if arm == gated else interval(pairs)
+            difference_lo, difference_hi = (None, None) if arm == gated else t_interval(pairs)
             rows.append(
                 {
                     "measure": measure,
                     "arm": arm,
-                    "mean": mean,
+                    "mean": mean_of(theirs),
                     "lo": lo,
                     "hi": hi,
-                    "difference": difference,
+                    "difference": None if arm == gated else mean_of(pairs),
                     "difference_lo": difference_lo,
                     "difference_hi": difference_hi,
                     "n_seeds": len(runs),
@@ -167,7 +166,8 @@ def compare_rows(summaries: dict[str, list[dict[str, Any]]]) -> list[dict[str, A
     return rows
 
 
-def _values(runs: Sequence[dict[str, Any]]) -> Values:
+def values_of(runs: Sequence[dict[str, Any]]) -> Values:
+    """Of each run's summary, what is compared, at its last update; by measure."""
     last = [run["saves"][-1] for run in runs]
     return {
         "val_ce": [save["val_ce"] for save in last],
@@ -182,18 +182,6 @@ def _others(run: dict[str, Any], layers: Sequence[float | None] | None) -> float
     known = [v for i, v in enumerate(layers or []) if i > 0 and i not in run["active_layers"]]
     found = [v for v in known if v is not None]
     return sum(found) / len(found) if found and len(found) == len(known) else None
-
-
-def interval(values: Sequence[float | None]) -> tuple[float | None, float | None, float | None]:
-    """Mean and 95 % t interval over seeds; the interval is null for fewer than 3, all is where a value is."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
-        return None, None, None
-    n, mean = len(known), sum(known) / len(known)
-    if n < 3:
-        return mean, None, None
-    half = float(stats.t.ppf(0.975, n - 1)) * math.sqrt(sum((v - mean) ** 2 for v in known) / (n - 1) / n)
-    return mean, mean - half, mean + half
 
 
 def plan(checkpoint: str | None, options: TrainGaptOptions) -> dict[str, object]:

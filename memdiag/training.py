@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,7 +28,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from memdiag.errors import InputError, unknown
+from memdiag import observe
+from memdiag.errors import InputError, one_line, unknown
 
 Result = TypeVar("Result")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -184,8 +186,6 @@ def begin(model: nn.Module, recipe: Recipe, *, shard: bool = False) -> Training:
         shard: give each process a part of the weights, gradients and moments (FSDP2), block by block; otherwise
             each has all of them (DDP).
     """
-    from memdiag import observe
-
     model = model.train().requires_grad_(True)
     if shard:
         from torch.distributed.device_mesh import init_device_mesh
@@ -238,7 +238,7 @@ def save_state(directory: Path, training: Training, extra: Mapping[str, Any]) ->
         (partial / "state.json").write_text(json.dumps({"step": training.step, **extra}, sort_keys=True))
     _wait()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _quiet():
+    with _told(directory):
         save(_tensors(training), storage_writer=writer, no_dist=not dist.is_initialized())
     _wait()
     if first:
@@ -256,9 +256,13 @@ def load_state(directory: Path, training: Training) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    extra: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    try:
+        extra: dict[str, Any] = json.loads((directory / "state.json").read_text())
+        step = extra.pop("step")
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(directory, error) from None
     tensors = _tensors(training)
-    with _quiet():
+    with _told(directory):
         reader = HuggingFaceStorageReader(str(directory))
         load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         model, optimizer = _state_dicts(training)
@@ -268,7 +272,7 @@ def load_state(directory: Path, training: Training) -> dict[str, Any]:
         set_state_dict(
             training.model, training.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=_flat()
         )
-    training.step = extra.pop("step")
+    training.step = step
     return extra
 
 
@@ -308,10 +312,29 @@ def _flat() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process only
-        yield
+def _told(directory: Path) -> Iterator[None]:
+    """What PyTorch says of its checkpoints as our own errors: its own is no Exception and holds a traceback."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    log = logging.getLogger("torch.distributed.checkpoint")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process only
+            yield
+    except CheckpointException as error:
+        causes = [failure[0] for failure in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, OSError):
+                raise cause from None
+        raise _damaged(directory, causes[0] if causes else error) from None
+    finally:
+        log.setLevel(before)
+
+
+def _damaged(directory: Path, error: BaseException) -> InputError:
+    return InputError(f"{directory}: is damaged ({one_line(error, 120)}); --force starts afresh")
 
 
 def _wait() -> None:

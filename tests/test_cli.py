@@ -503,7 +503,8 @@ def test_a_dry_run_refuses_what_a_run_would(entropy):
 def test_schema_lists_the_reports(memdiag_):
     reports = [
         "entropy", "entropy.gradients", "prune-memorizers.dynamics", "prune-memorizers.filtration",
-        "prune-memorizers.neurons", "prune-memorizers.pruning", "reproduce.claims", "reproduce.phases",
+        "prune-memorizers.neurons", "prune-memorizers.pruning", "reproduce.claims", "reproduce.effects",
+        "reproduce.phases", "reproduce.runs",
         "train-gapt.compare", "train-gapt.history",
     ]  # fmt: skip
     assert memdiag_("schema") == Done(0, "".join(f"{name}\n" for name in reports), "")

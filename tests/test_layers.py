@@ -26,11 +26,12 @@ LAYER = {
     "alignment": 5, "oscillation": 5, "entropy_report": 5, "entropy_view": 5, "grokking": 5, "reading": 5,
     "regulariser": 5, "training": 5, "train_gapt_report": 5,
     "prune_report": 5, "reproduce_report": 5, "reproduce_claims": 5,
-    "layer_sums": 6, "gapt_training": 6, "train_gapt_inputs": 6, "train_gapt_view": 6, "prune_view": 6, "prune_curves": 6, "reproduce_view": 6,
+    "layer_sums": 6, "gapt_training": 6, "train_gapt_inputs": 6, "train_gapt_view": 6,
+    "prune_view": 6, "prune_curves": 6, "reproduce_view": 6, "reproduce_effects": 6, "reproduce_gapt_view": 6,
     "measuring": 7, "train_gapt_run": 7, "prune_modular": 7, "prune_inputs": 7,
     "entropy_run": 8, "train_gapt_compare": 8, "prune_subject": 8, "reproduce_grok": 8,
     "prune_checkpoint": 9, "reproduce_run": 9,
-    "prune_run": 10,
+    "reproduce_gapt": 9, "reproduce_gapt_run": 10, "prune_run": 10,
     "cli": 11,
     "__main__": 12,
 }  # fmt: skip
@@ -41,12 +42,15 @@ LAZILY_UPWARDS = {
     ("train_gapt_report", "train_gapt_run"),
     ("train_gapt_report", "train_gapt_compare"),
     ("reproduce_report", "reproduce_run"),
+    ("reproduce_report", "reproduce_gapt_run"),
     ("reproduce_report", "reproduce_grok"),
 }
 WITHOUT_TORCH = [
     "memdiag", "memdiag.errors", "memdiag.tables", "memdiag.progress", "memdiag.dataset", "memdiag.tasks",
     "memdiag.spectrum", "memdiag.entropy_report", "memdiag.entropy_view", "memdiag.cli", "memdiag.checkpoint.steps",
-    "memdiag.modular", "memdiag.drawing", "memdiag.gapt", "memdiag.train_gapt_report", "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report",
+    "memdiag.modular", "memdiag.drawing", "memdiag.gapt", "memdiag.train_gapt_report",
+    "memdiag.train_gapt_view", "memdiag.reproduce_gapt_view",
+    "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report",
 ]  # fmt: skip
 
 
@@ -183,8 +187,8 @@ def test_what_must_start_quickly_does_not_import_torch():
 def test_the_python_api_names_what_it_lacks():
     with pytest.raises(AttributeError, match="has no attribute 'entropie'"):
         memdiag.entropie  # noqa: B018
-    lazy = {"Gapt", "Pruned", "Report", "Reproduced", "TrainedGapt", "entropy", "prune_memorizers", "read", "reproduce"}
-    lazy |= {"train_gapt"}
+    lazy = {"Gapt", "Pruned", "Report", "Reproduced", "ReproducedEffects", "TrainedGapt"}
+    lazy |= {"entropy", "prune_memorizers", "read", "reproduce", "train_gapt"}
     assert set(memdiag.__all__) <= {*dir(memdiag), *lazy}
     for name in memdiag.__all__:
         assert getattr(memdiag, name) is not None

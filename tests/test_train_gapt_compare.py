@@ -6,13 +6,11 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
-from scipy import stats
 
 import memdiag
 from memdiag import InputError, tables, train_gapt_compare, train_gapt_view
-from memdiag.train_gapt_compare import compare_rows, interval
+from memdiag.train_gapt_compare import compare_rows
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +41,6 @@ def summary(**values):
 def val_ce_of_none(summaries):
     (row,) = [r for r in compare_rows(summaries) if (r["measure"], r["arm"]) == ("val_ce", "none")]
     return row
-
-
-def test_an_interval_by_hand():
-    # 1, 2, 6: mean 3, variance 7, t(2; .975) = 4.302653, half width 4.302653 * sqrt(7 / 3) = 6.572415
-    mean, lo, hi = interval([1.0, 2.0, 6.0])
-    assert mean == 3.0
-    assert (lo, hi) == pytest.approx((3 - 6.572415, 3 + 6.572415), abs=1e-5)
-
-
-def test_an_interval_is_scipys():
-    values = np.random.default_rng(0).normal(size=9)
-    lo, hi = stats.t.interval(0.95, 8, loc=values.mean(), scale=stats.sem(values))
-    assert interval(values.tolist()) == pytest.approx((values.mean(), lo, hi), rel=1e-12)
-
-
-def test_an_interval_moves_and_stretches_with_its_values_and_ignores_their_order():
-    values = [0.3, 1.7, 0.9, 2.2]
-    mean, lo, hi = interval(values)
-    assert interval([10 + 3 * v for v in reversed(values)]) == pytest.approx((10 + 3 * mean, 10 + 3 * lo, 10 + 3 * hi))
-
-
-@pytest.mark.parametrize(
-    ("values", "found"),
-    [([], (None,) * 3), ([1.0, None, 2.0], (None,) * 3), ([2.0], (2.0, None, None)), ([1.0, 3.0], (2.0, None, None))],
-)
-def test_too_few_values_have_no_interval(values, found):
-    assert interval(values) == found
-
-
-def test_an_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    hits = sum(lo <= 0 <= hi for _ in range(2000) for _, lo, hi in [interval(rng.normal(size=5).tolist())])
-    assert 0.935 < hits / 2000 < 0.965
 
 
 def test_differences_are_paired_by_seed():

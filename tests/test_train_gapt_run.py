@@ -448,6 +448,45 @@ def test_other_options_do_not_go_on_with_a_run_that_was_begun(tmp_path, settings
         memdiag.train_gapt(out=tmp_path / "run", **(settings | {"weight": 2.0}))
 
 
+@pytest.mark.parametrize("harm", ["short tensors", "no tensors", "no json", "not json"])
+def test_a_damaged_state_is_told_in_one_line(tmp_path, settings, monkeypatch, capfd, harm):
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gapt_run.Work, "_evaluate", ends_at(12))
+        with pytest.raises(Killed):
+            memdiag.train_gapt(out=tmp_path / "run", **settings)
+    (state,) = (tmp_path / ".run.parts").glob("state-6")
+    (tensors,) = state.glob("*.safetensors")
+    if harm == "short tensors":
+        tensors.write_bytes(tensors.read_bytes()[:1000])
+    elif harm == "no tensors":
+        tensors.unlink()
+    elif harm == "no json":
+        (state / "state.json").unlink()
+    else:
+        (state / "state.json").write_text('{"step": ')
+    with pytest.raises(InputError, match=r"state-6: is damaged .*; --force starts afresh"):
+        memdiag.train_gapt(out=tmp_path / "run", **settings)
+    assert "Traceback" not in capfd.readouterr().err
+    memdiag.train_gapt(out=tmp_path / "run", force=True, **settings)
+    assert checkpoint.inner_steps(tmp_path / "run") == [6, 12, 18, 24]
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, settings, monkeypatch):
+    """What a file system says when there is no room for the state, which PyTorch wraps in an exception of its own."""
+    from torch.distributed.checkpoint import hf_storage
+
+    def full(self, *args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hf_storage.HuggingFaceStorageWriter, "write_data", full)
+        with pytest.raises(OSError, match="No space left"):
+            memdiag.train_gapt(out=tmp_path / "run", **settings)
+    memdiag.train_gapt(out=tmp_path / "run", **settings)
+    memdiag.train_gapt(out=tmp_path / "whole", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_the_plan_writes_nothing(tmp_path, settings, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = train_gapt_report.plan(None, TrainGaptOptions(**settings))

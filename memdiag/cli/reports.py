@@ -23,6 +23,8 @@ ROWS = {
     "prune-memorizers.filtration": "memdiag.prune_report:FiltrationRow",
     "reproduce.claims": "memdiag.reproduce_report:ClaimRow",
     "reproduce.phases": "memdiag.reproduce_report:PhaseRow",
+    "reproduce.effects": "memdiag.reproduce_report:EffectRow",
+    "reproduce.runs": "memdiag.reproduce_report:RunRow",
     "train-gapt.history": "memdiag.train_gapt_report:HistoryRow",
     "train-gapt.compare": "memdiag.train_gapt_report:CompareRow",
 }
@@ -134,6 +136,14 @@ def _again(old: Report, path: Path, out: Path | None, *, force: bool, progress: 
         found = prune_report.measure(given, options, out=target, force=force, progress=progress)
         again: Report = getattr(found, kind.removeprefix("prune-memorizers."))
         return again, target
+    if kind.startswith("reproduce."):
+        from memdiag import reproduce_report
+
+        name, asked = reproduce_report.options_of(old)
+        folder = path.absolute().parent
+        target = out or folder.with_name(f"{folder.name}.rerun")
+        reproduced = reproduce_report.measure(name, asked, out=target, force=force, progress=progress)
+        return getattr(reproduced, kind.removeprefix("reproduce.")), target
     if kind.startswith("train-gapt."):
         from memdiag import train_gapt_report
 

@@ -10,22 +10,25 @@ from memdiag.cli.measure import begin, finish, print_plan
 
 
 def reproduce(
-    name: Annotated[str, o.argument(metavar="NAME", help="The paper: grok.")],
-    preset: Annotated[
-        str, o.option(help="smoke: smaller networks, a minute; paper: the paper's settings, most of an hour.")
-    ] = "smoke",
+    name: Annotated[str, o.argument(metavar="NAME", help="grok, gapt-lm, gapt-multiplication, gapt-conflict.")],
+    preset: Annotated[str, o.option(help="smoke: smaller networks, minutes; paper: the paper's settings.")] = "smoke",
     seeds: Annotated[
-        str, o.option(metavar="0,1,2", help="Networks of each setting; at least 3 for intervals.")
-    ] = "0,1,2",
+        str | None,
+        o.option(metavar="0,1,2", help="Networks of each setting; at least 3 for intervals."),
+    ] = None,
     out: Annotated[
         Path | None, o.option("--out", "-o", help="The directory to write to. Default: reproduce-NAME.")
     ] = None,
     only: Annotated[str | None, o.option(metavar="CLAIM,CLAIM", help="Only these claims, by name.")] = None,
-    no_map: Annotated[bool, o.option("--no-map", help="Leave out the phase map and the claims about it.")] = False,
+    data: Annotated[
+        str | None, o.option("--data", "-d", help="gapt-lm: texts to train on. Default: task:pydoc.")
+    ] = None,
+    no_map: Annotated[bool, o.option("--no-map", help="grok: leave out the phase map and its claims.")] = False,
     dtype: Annotated[
-        str, o.option(help="float32, or bfloat16: faster where the step has a closed form and the CPU matrix units.")
+        str,
+        o.option(help="grok: float32, or bfloat16: faster where the step has a closed form and the CPU matrix units."),
     ] = "float32",
-    plot: Annotated[Path | None, o.option(help="Draw the phase map to this .png or .svg.")] = None,
+    plot: Annotated[Path | None, o.option(help="Draw phase map or effects to this .png or .svg.")] = None,
     force: o.Force = False,
     dry_run: o.DryRun = False,
     as_json: o.AsJson = False,
@@ -37,20 +40,27 @@ def reproduce(
 
     grok: Doshi et al. 2023, "To grok or not to grok", arXiv:2310.13061.
 
+    gapt-lm, gapt-multiplication, gapt-conflict: Yu 2025, "Memorization-Compression Cycles Improve Generalization",
+    arXiv:2505.08727.
+
     Example: memdiag reproduce grok --plot phases.png
     """
     begin(online=online, quiet=quiet)
-    from memdiag import drawing, reproduce_report, reproduce_view
+    from memdiag import drawing, reproduce_gapt_view, reproduce_report, reproduce_view
     from memdiag.progress import Progress
 
-    settings = reproduce_report.ReproduceOptions(preset=preset, seeds=seeds, only=only, no_map=no_map, dtype=dtype)
+    settings = reproduce_report.ReproduceOptions(
+        preset=preset, seeds=seeds, only=only, no_map=no_map, dtype=dtype, data=data
+    )
     if dry_run:
         print_plan(reproduce_report.plan(name, settings), as_json=as_json)
         return
     if plot is not None:
         drawing.check_plot(plot)
-        reproduce_view.check_map(settings)
+        if name not in reproduce_report.GAPT:
+            reproduce_view.check_map(settings)
     with Progress(show=not quiet) as progress:
         place = out or Path(f"reproduce-{name}")
         found = reproduce_report.measure(name, settings, out=place, force=force, progress=progress)
-    finish(reproduce_view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)
+    view = reproduce_gapt_view if name in reproduce_report.GAPT else reproduce_view
+    finish(view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)

@@ -1,0 +1,190 @@
+"""Carry out `memdiag reproduce gapt-*`: run by run, resumable, several side by side, then effect by effect."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memdiag
+from memdiag import device as devices
+from memdiag import grokking, tables, workers
+from memdiag.errors import InputError, unknown
+from memdiag.progress import Progress
+from memdiag.reproduce_effects import Arm, Effect, judge
+from memdiag.reproduce_gapt import experiment
+from memdiag.reproduce_report import EFFECT_REPORTS, ReproducedEffects, ReproduceOptions, RunRow
+
+log = logging.getLogger("memdiag")
+MAIN = "effects"  # the report that is written last: where it stands, all is there
+Job = tuple[str, str, int, ReproduceOptions, Path]  # experiment, arm, seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The effects in question and the arms that they need."""
+
+    name: str
+    effects: list[Effect]
+    arms: list[Arm]
+    seeds: list[int]
+
+    def rounds(self) -> list[list[tuple[str, int]]]:
+        """(arm, seed) of every run: first those that need nothing, then those that need one of them."""
+        return [
+            [(arm.name, seed) for seed in self.seeds for arm in self.arms if (arm.needs is not None) == later]
+            for later in (False, True)
+        ]
+
+    def fingerprint(self) -> str:
+        """Of what is claimed and how it is trained, which is part of a version."""
+        parts = [[dataclasses.asdict(effect) for effect in self.effects], [dataclasses.asdict(a) for a in self.arms]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def work_of(name: str, options: ReproduceOptions) -> Work:
+    """What the options ask for.
+
+    Raises:
+        InputError: an effect that does not exist.
+    """
+    module = experiment(name)
+    known = {effect.name: effect for effect in module.effects(options.preset)}
+    only = options.only_list()
+    for wanted in only or []:
+        if wanted not in known:
+            raise unknown(f"effect of {name}", wanted, known)
+    effects = [effect for effect in known.values() if only is None or effect.name in only]
+    needed = {arm for effect in effects for arm in effect.arms()}
+    needed |= {arm.needs for arm in module.ARMS if arm.name in needed and arm.needs is not None}
+    return Work(name, effects, [arm for arm in module.ARMS if arm.name in needed], options.seed_list())
+
+
+def run(name: str, options: ReproduceOptions, out: Path, *, force: bool, progress: Progress) -> ReproducedEffects:
+    """Do what is asked for and write it to the directory `out`; what an interrupted run has finished stays done.
+
+    Errors as `reproduce_report.reproduce`.
+    """
+    work = work_of(name, options)
+    identity = {
+        "report": EFFECT_REPORTS[MAIN].__dict__["report"],
+        "schema_version": EFFECT_REPORTS[MAIN].__dict__["schema_version"],
+        "name": name,
+        "options": dataclasses.asdict(options),
+        "settings": work.fingerprint(),
+    }
+    begun = {"report": "reproduce", "name": name, "preset": options.preset, "data": options.data}
+    if _is_there(out, identity, force=force):
+        log.info("%s is already there, made from the same inputs; --force makes it again", out)
+        tables.remove_leftovers(out, begun)
+        return read(out)
+    parts = tables.Parts(out, begun, force=force)
+    try:
+        module = experiment(name)
+        waiting = [
+            [(arm, seed) for arm, seed in round_ if not parts.has(_file(arm, seed), _file(arm, seed), _part(arm, seed))]
+            for round_ in work.rounds()
+        ]
+        total = sum(module.steps(options.preset, arm) for round_ in waiting for arm, _ in round_)
+        progress.start("training", total, unit="updates")
+        for round_ in waiting:
+            workers.each(_one, [(name, arm, seed, options, parts.directory) for arm, seed in round_], progress)
+        _assemble(parts, out, work, {"name": name, **dataclasses.asdict(options)}, identity)
+        parts.remove()
+    finally:
+        parts.close()
+    return read(out)
+
+
+def read(out: Path) -> ReproducedEffects:
+    """What stands in a directory that the command wrote."""
+    effects, runs = (tables.read(out / f"{name}.parquet") for name in EFFECT_REPORTS)
+    return ReproducedEffects(effects, runs, out)
+
+
+def _is_there(out: Path, identity: dict[str, Any], *, force: bool) -> bool:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a directory to --out")
+    if tables.check_place(out / f"{MAIN}.parquet", lambda: identity, force=force):
+        return True
+    begun = out.with_name(f".{out.name}.parts").exists()
+    if not force and not begun and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no report of reproduce; choose another --out")
+    if force and out.is_dir():
+        for report in EFFECT_REPORTS:
+            (out / f"{report}.parquet").unlink(missing_ok=True)
+    return False
+
+
+def _file(arm: str, seed: int) -> str:
+    return f"{arm}.seed-{seed}"
+
+
+def _part(arm: str, seed: int) -> dict[str, Any]:
+    return {"arm": arm, "seed": seed}
+
+
+def _one(job: Job, advance: Callable[[int], None]) -> None:
+    """One run, written as a part."""
+    name, arm, seed, options, directory = job
+    module = experiment(name)
+    needs = next(a.needs for a in module.ARMS if a.name == arm)
+    given = None if needs is None else _measures(tables.read(directory / f"{_file(needs, seed)}.parquet"))
+    more = {} if options.data is None else {"data": options.data}
+    with grokking.one_thread():
+        found = module.run(arm, seed, options.preset, given, advance, **more)
+    rows = [{"arm": arm, "seed": seed, "measure": measure, "value": value} for measure, value in found.items()]
+    meta = {"report": RunRow.report, "part": _part(arm, seed)}
+    tables.write(directory / f"{_file(arm, seed)}.parquet", RunRow, [rows], meta)
+
+
+def _measures(report: tables.Report) -> dict[str, float | None]:
+    return {row["measure"]: row["value"] for row in report.table.to_pylist()}
+
+
+def _assemble(parts: tables.Parts, out: Path, work: Work, options: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Judge the effects by the parts, and write both reports."""
+    runs: dict[str, dict[int, dict[str, float | None]]] = {}
+    rows = []
+    for arm in work.arms:
+        for seed in work.seeds:
+            part = tables.read(parts.path(_file(arm.name, seed)))
+            runs.setdefault(arm.name, {})[seed] = _measures(part)
+            rows += part.table.to_pylist()
+    found = {MAIN: [row for effect in work.effects for row in judge(effect, runs)], "runs": rows}
+    for report in ("runs", MAIN):
+        row = EFFECT_REPORTS[report]
+        meta = {
+            "report": row.__dict__["report"],
+            "schema_version": row.__dict__["schema_version"],
+            "memdiag_version": memdiag.__version__,
+            "options": options,
+            "seed": work.seeds,
+            "paper": "Yu 2025, Memorization-Compression Cycles Improve Generalization, arXiv:2505.08727",
+            "device": devices.describe(devices.resolve("auto" if options["preset"] == "paper" else "cpu")),
+            "dtype": "float32",
+            "torch": torch.__version__,
+            "identity": identity,
+        }
+        tables.write(out / f"{report}.parquet", row, [found[report]], meta)
+
+
+def plan(name: str, options: ReproduceOptions) -> dict[str, object]:
+    """What `run` would take; writes nothing."""
+    work = work_of(name, options)
+    runs = [job for round_ in work.rounds() for job in round_]
+    return {
+        "effects": len(work.effects),
+        "arms": [arm.name for arm in work.arms],
+        "runs": len(runs),
+        "updates": sum(experiment(name).steps(options.preset, arm) for arm, _ in runs),
+        "processes": max(1, min(len(runs), os.cpu_count() or 1)),
+        "disk_expected_kb": 20 + 6 * len(runs),
+    }
