@@ -57,8 +57,10 @@ class Rule:
         if self.gate not in GATES:
             raise unknown("gate", self.gate, GATES)
         for name in ("ce_patience", "mbe_patience"):
-            if getattr(self, name) < 1:
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1 update, got {getattr(self, name)}")
+        if self.steps < 0:
+            raise InputError(f"--steps must be at least 0, got {self.steps}")
         for name in ("ce_delta", "mbe_delta", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} must be a finite number >= 0, got {getattr(self, name)}")

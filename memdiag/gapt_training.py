@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from memdiag import gapt, observe, regulariser, training
 from memdiag.gapt import COMPRESS, Gate, Rule
@@ -81,7 +82,10 @@ class Run:
         rows = training.rows_of_update(step, len(self.corpus), self.recipe.batch_size, self.recipe.seed)
         compress = self.gate.phase == COMPRESS
         every = self.method.ratio_every
-        entropic = self._entropy_gradient(rows) if compress and every and step % every == 0 else None
+        entropic = None
+        if compress and every and step % every == 0:
+            with torch.random.fork_rng():  # the update draws the same dropout again
+                entropic = self._entropy_gradient(rows)
         seen = self._accumulate(rows, compress, step)
         ratio = None if entropic is None else self._ratio(entropic)
         n = len(seen) // 2
@@ -179,6 +183,9 @@ class Run:
                 if len(mine):
                     total += seen
         finally:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # else the next update clips weights that are none any more
             model.train()
         total = training.sum_over_processes(total)
         sums, counts = total[1:].chunk(2)

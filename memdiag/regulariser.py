@@ -138,10 +138,10 @@ class Gapt:
         compress = self.phase == gapt.COMPRESS
         active = self.active if compress else ()
         sums, counts = entropies(hidden, mask.bool(), active=active, patch_size=self.patch_size)
-        if not bool(counts[self.active].all()):
+        if not bool((mask.sum(1) >= self.patch_size).any()):
             raise InputError(f"no sequence fills a patch of {self.patch_size} tokens; use longer ones")
         self._seen.append(
-            torch.cat([cross_entropy.detach()[None] / scale, torch.ones_like(sums[:1]), sums.detach(), counts])
+            torch.cat([cross_entropy.detach()[None], torch.full_like(sums[:1], scale), sums.detach(), counts])
         )
         if not compress:
             return cross_entropy
@@ -158,7 +158,10 @@ class Gapt:
         total = torch.stack(self._seen).double().sum(0).cpu()
         self._seen = []
         if dist.is_initialized():
+            if dist.get_backend() == "nccl":  # it knows no host memory
+                total = total.cuda()
             dist.all_reduce(total)
+            total = total.cpu()
         sums, counts = total[2:].chunk(2)
         ce, layers = float(total[0] / total[1]), (sums / counts)[self.active]
         self.gate = self.gate.advance(ce, layers.tolist())
@@ -187,9 +190,10 @@ class Gapt:
             num_items_in_batch: tokens of the whole update, by which the sum is divided; None: this batch's own.
         """
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-        mask = labels != IGNORED
-        n = mask[:, 1:].sum()
-        total = cross_entropy_sum(logits, labels.clamp(min=0), mask)
+        counts = labels != IGNORED
+        n = counts[:, 1:].sum()
+        total = cross_entropy_sum(logits, labels.clamp(min=0), counts)
+        mask = counts.int().flip(1).cummax(1).values.flip(1)  # a prompt that does not count is no padding
         if num_items_in_batch is None:
             return self.loss(total / n, mask) if torch.is_grad_enabled() else total / n
         loss = total / num_items_in_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ import torch
 import memdiag
 from memdiag import device as devices
 from memdiag import grokking, tables, workers
+from memdiag.dataset import open_dataset
 from memdiag.errors import InputError, unknown
 from memdiag.progress import Progress
 from memdiag.reproduce_effects import Arm, Effect, judge
@@ -43,10 +45,13 @@ class Work:
             for later in (False, True)
         ]
 
-    def fingerprint(self) -> str:
-        """Of what is claimed and how it is trained, which is part of a version."""
-        parts = [[dataclasses.asdict(effect) for effect in self.effects], [dataclasses.asdict(a) for a in self.arms]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def claimed(self) -> str:
+        """A fingerprint of the effects, which are no options but part of a version."""
+        return _digest([dataclasses.asdict(effect) for effect in self.effects])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def work_of(name: str, options: ReproduceOptions) -> Work:
@@ -73,14 +78,22 @@ def run(name: str, options: ReproduceOptions, out: Path, *, force: bool, progres
     Errors as `reproduce_report.reproduce`.
     """
     work = work_of(name, options)
+    # what is trained depends on these; other effects or seeds may be asked for when it goes on
+    begun = {
+        "report": "reproduce",
+        "name": name,
+        "preset": options.preset,
+        "settings": _digest(experiment(name).settings(options.preset)),
+        "data": None if options.data is None else open_dataset(options.data).fingerprint(),
+    }
     identity = {
         "report": EFFECT_REPORTS[MAIN].__dict__["report"],
         "schema_version": EFFECT_REPORTS[MAIN].__dict__["schema_version"],
         "name": name,
-        "options": dataclasses.asdict(options),
-        "settings": work.fingerprint(),
+        "options": {"seeds": options.seeds, "only": options.only},
+        "claimed": work.claimed(),
+        **{key: value for key, value in begun.items() if key != "report"},
     }
-    begun = {"report": "reproduce", "name": name, "preset": options.preset, "data": options.data}
     if _is_there(out, identity, force=force):
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
         tables.remove_leftovers(out, begun)
@@ -95,7 +108,12 @@ def run(name: str, options: ReproduceOptions, out: Path, *, force: bool, progres
         total = sum(module.steps(options.preset, arm) for round_ in waiting for arm, _ in round_)
         progress.start("training", total, unit="updates")
         for round_ in waiting:
-            workers.each(_one, [(name, arm, seed, options, parts.directory) for arm, seed in round_], progress)
+            jobs = [(name, arm, seed, options, parts.directory) for arm, seed in round_]
+            if _device(name, options).type == "cpu":
+                workers.each(_one, jobs, progress)
+            else:  # an accelerator has room for one
+                for job in jobs:
+                    _one(job, progress.advance)
         _assemble(parts, out, work, {"name": name, **dataclasses.asdict(options)}, identity)
         parts.remove()
     finally:
@@ -123,6 +141,12 @@ def _is_there(out: Path, identity: dict[str, Any], *, force: bool) -> bool:
     return False
 
 
+def _device(name: str, options: ReproduceOptions) -> torch.device:
+    """What the networks are trained on: small ones on the CPU, one a core."""
+    is_small = options.preset == "smoke" or name == "gapt-conflict"
+    return devices.resolve("cpu" if is_small else "auto")
+
+
 def _file(arm: str, seed: int) -> str:
     return f"{arm}.seed-{seed}"
 
@@ -138,7 +162,8 @@ def _one(job: Job, advance: Callable[[int], None]) -> None:
     needs = next(a.needs for a in module.ARMS if a.name == arm)
     given = None if needs is None else _measures(tables.read(directory / f"{_file(needs, seed)}.parquet"))
     more = {} if options.data is None else {"data": options.data}
-    with grokking.one_thread():
+    alone = contextlib.nullcontext() if options.preset == "paper" else grokking.one_thread()
+    with alone:
         found = module.run(arm, seed, options.preset, given, advance, **more)
     rows = [{"arm": arm, "seed": seed, "measure": measure, "value": value} for measure, value in found.items()]
     meta = {"report": RunRow.report, "part": _part(arm, seed)}
@@ -151,6 +176,7 @@ def _measures(report: tables.Report) -> dict[str, float | None]:
 
 def _assemble(parts: tables.Parts, out: Path, work: Work, options: dict[str, Any], identity: dict[str, Any]) -> None:
     """Judge the effects by the parts, and write both reports."""
+    device = _device(work.name, ReproduceOptions(**{k: v for k, v in options.items() if k != "name"}))
     runs: dict[str, dict[int, dict[str, float | None]]] = {}
     rows = []
     for arm in work.arms:
@@ -168,8 +194,8 @@ def _assemble(parts: tables.Parts, out: Path, work: Work, options: dict[str, Any
             "options": options,
             "seed": work.seeds,
             "paper": "Yu 2025, Memorization-Compression Cycles Improve Generalization, arXiv:2505.08727",
-            "device": devices.describe(devices.resolve("auto" if options["preset"] == "paper" else "cpu")),
-            "dtype": "float32",
+            "device": devices.describe(device),
+            "dtype": "float32 weights, bfloat16 products" if device.type == "cuda" else "float32",
             "torch": torch.__version__,
             "identity": identity,
         }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from memdiag import checkpoint as checkpoints
@@ -42,8 +43,12 @@ class Inputs:
     def model(self) -> nn.Module:
         """The model at update 0, in float32."""
         if self.checkpoint is None:
-            return checkpoints.new_model(self.config_name, self.config, self.options.seed)
-        return self.checkpoint.load(dtype="float32")
+            name, model = self.config_name, checkpoints.new_model(self.config_name, self.config, self.options.seed)
+        else:
+            name, model = str(self.checkpoint.path), self.checkpoint.load(dtype="float32")
+        if vocab_size(model) is None or not observe.predicts_next_token(model.eval(), torch.arange(2)[None]):
+            raise InputError(f"{name}: is no causal language model: its logits at a token depend on later ones")
+        return model
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers."""

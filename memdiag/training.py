@@ -35,6 +35,7 @@ Result = TypeVar("Result")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "sgd")
 FINAL_LR = 0.1  # of cosine and linear, as a share of --lr
+DAMAGED = ("is damaged", "--force starts afresh")  # what a state is, and what to do
 CONSTANT_SHARE = 0.6  # of the updates, before a linear schedule begins to fall (modded-nanoGPT)
 
 
@@ -49,7 +50,7 @@ class Recipe:
     schedule: str = "cosine"
     warmup: int = 0  # updates
     optimizer: str = "adamw"
-    weight_decay: float = 0.1  # decoupled; of matrices only
+    weight_decay: float = 0.1  # of matrices only; decoupled with adamw
     beta2: float = 0.95  # 0.9 is the first, and SGD's momentum
     clip: float = 1.0  # the longest gradient, 0 for any
     seed: int = 0
@@ -157,7 +158,6 @@ def train(
     Raises:
         Diverged: the loss or the gradient of an update is not finite. It was not made.
     """
-    parameters = [p for p in training.model.parameters() if p.requires_grad]
     while training.step < recipe.steps:
         step, rank = training.step, dist.get_rank() if dist.is_initialized() else 0
         lr = recipe.lr_at(step)
@@ -168,7 +168,7 @@ def train(
         if not math.isfinite(loss):
             training.optimizer.zero_grad(set_to_none=True)
             raise Diverged(step, "loss")
-        total = nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)
+        total = nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip or math.inf)
         norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
         if not math.isfinite(norm):
             training.optimizer.zero_grad(set_to_none=True)
@@ -238,7 +238,7 @@ def save_state(directory: Path, training: Training, extra: Mapping[str, Any]) ->
         (partial / "state.json").write_text(json.dumps({"step": training.step, **extra}, sort_keys=True))
     _wait()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _told(directory):
+    with _told(directory, "cannot be written", "choose another --out"):
         save(_tensors(training), storage_writer=writer, no_dist=not dist.is_initialized())
     _wait()
     if first:
@@ -260,9 +260,9 @@ def load_state(directory: Path, training: Training) -> dict[str, Any]:
         extra: dict[str, Any] = json.loads((directory / "state.json").read_text())
         step = extra.pop("step")
     except (OSError, ValueError, KeyError) as error:
-        raise _damaged(directory, error) from None
+        raise InputError(f"{directory}: {DAMAGED[0]} ({one_line(error, 120)}); {DAMAGED[1]}") from None
     tensors = _tensors(training)
-    with _told(directory):
+    with _told(directory, *DAMAGED):
         reader = HuggingFaceStorageReader(str(directory))
         load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         model, optimizer = _state_dicts(training)
@@ -301,7 +301,13 @@ def _tensors(training: Training) -> dict[str, Tensor]:
 def _state_dicts(training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    untouched = not training.optimizer.state
     model, optimizer = get_state_dict(training.model, training.optimizer, options=_flat())
+    if untouched:  # PyTorch has made an update at rate 0 to have moments, which then hold the decay and count one
+        for state in training.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
     return dict(model), dict(optimizer)
 
 
@@ -312,7 +318,7 @@ def _flat() -> Any:
 
 
 @contextmanager
-def _told(directory: Path) -> Iterator[None]:
+def _told(directory: Path, what: str, todo: str) -> Iterator[None]:
     """What PyTorch says of its checkpoints as our own errors: its own is no Exception and holds a traceback."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -326,15 +332,12 @@ def _told(directory: Path) -> Iterator[None]:
     except CheckpointException as error:
         causes = [failure[0] for failure in error.failures.values()]
         for cause in causes:
-            if isinstance(cause, OSError):
+            if isinstance(cause, OSError | KeyboardInterrupt | MemoryError):
                 raise cause from None
-        raise _damaged(directory, causes[0] if causes else error) from None
+        told = one_line(causes[0] if causes else error, 120)
+        raise InputError(f"{directory}: {what} ({told}); {todo}") from None
     finally:
         log.setLevel(before)
-
-
-def _damaged(directory: Path, error: BaseException) -> InputError:
-    return InputError(f"{directory}: is damaged ({one_line(error, 120)}); --force starts afresh")
 
 
 def _wait() -> None:

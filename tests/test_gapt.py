@@ -6,9 +6,14 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -511,3 +516,67 @@ def test_another_number_of_layers_is_refused_also_after_a_checkpoint(name: str, 
     for same in (gate, Gate.from_json(rule, gate.to_json())):
         with pytest.raises(ValueError, match=f"mbe is of {layers} layers; it was of 2"):
             same.advance(1, [1] * layers)
+
+
+# --- values, saving, chance ---------------------------------------------------------------------------------------
+
+
+@both
+def test_a_gate_that_looks_at_layers_refuses_none(name: str) -> None:
+    for gate in (gapt.start(Rule(gate=name)), gapt.start(Rule(gate=name)).advance(4, [1])):
+        with pytest.raises(ValueError, match=r"^mbe is of no layer$"):
+            gate.advance(4, [])
+
+
+@pytest.mark.parametrize("name", ["none", "constant", "random"])
+def test_the_controls_need_no_layers(name: str) -> None:
+    assert gapt.start(Rule(gate=name)).advance(4, []).seen == 1
+
+
+@pytest.mark.parametrize("name", gapt.GATES)
+def test_every_gate_counts_updates_without_a_finite_value(name: str) -> None:
+    gate = gapt.start(Rule(gate=name, steps=4))
+    for ce, mbe in ((1, [1]), (NAN, [1]), (1, [NAN]), (1, [1])):
+        gate = gate.advance(ce, mbe)
+    assert (gate.seen, gate.skipped) == (4, 2)
+
+
+@both
+def test_numbers_of_any_kind_can_be_saved(name: str) -> None:
+    gate = gapt.start(Rule(gate=name)).advance(np.float32(4), np.ones(2, np.float32))
+    assert Gate.from_json(gate.rule, json.loads(json.dumps(gate.to_json(), allow_nan=False))) == gate
+
+
+def test_a_best_value_near_zero_counts_as_a_millionth() -> None:
+    rule = Rule(gate="relative", ce_delta=0.25, ce_patience=9, smoothing=0)
+    for best, stalled in ((5e-7, 2), (2e-6, 0)):  # a gain of 40 % of the best value
+        gate = gapt.start(rule).advance(best, [1]).advance(0.6 * best, [1])
+        assert gate.ce_stalled == stalled
+
+
+def test_a_schedule_leaves_the_global_generator_alone() -> None:
+    gapt.random_schedule.cache_clear()
+    before = random.getstate()
+    gapt.random_schedule(40, 0.5, 5, 0)
+    assert random.getstate() == before
+
+
+def test_another_process_makes_the_same_schedule_without_torch() -> None:
+    source = "import sys; from memdiag import gapt; print(gapt.random_schedule(99, .3, 4, 7), 'torch' in sys.modules)"
+    command, env = [sys.executable, "-c", source], os.environ | {"PYTHONHASHSEED": "5"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert ran.stdout.strip() == f"{gapt.random_schedule(99, 0.3, 4, 7)} False"
+
+
+@both
+def test_advancing_leaves_a_gate_as_it_was(name: str) -> None:
+    gate = gapt.start(Rule(gate=name)).advance(4, [1])
+    before = dataclasses.asdict(gate)
+    assert gate.advance(1, [0.1]) == gate.advance(1, [0.1])
+    assert dataclasses.asdict(gate) == before
+
+
+@pytest.mark.parametrize("given", [{"ce_patience": NAN}, {"mbe_patience": 1.5}, {"steps": -1}])
+def test_updates_are_counted_in_whole_numbers(given: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=r"must be at least"):
+        Rule(**given)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 
 from memdiag.reproduce_effects import judge
 from memdiag.reproduce_gapt import conflict as experiment
-from memdiag.reproduce_gapt.conflict import ARMS, MIXED, WAYS, Way, apart, batch_of, mean_entropy
+from memdiag.reproduce_gapt.conflict import ARMS, MIXED, WAYS, Way, apart, balance, batch_of, mean_entropy
 from memdiag.tasks.conflict import teacher
 
 SEEDS = range(8)
@@ -74,6 +74,14 @@ def test_entropy_is_that_of_patches_of_eight_rows():
     assert mean_entropy(rows).item() == pytest.approx((0 + math.log(2)) / 2)
     assert mean_entropy(torch.cat([rows[:8], torch.zeros(8, 20)])).item() == 0  # a patch of zeros has none
     assert mean_entropy(torch.zeros(16, 20)).isnan()
+
+
+def test_balance_is_the_shorter_mean_over_the_longer():
+    pos, neg = torch.tensor([[3.0, 4.0], [3.0, 4.0]]), torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    assert balance(pos, neg) == balance(neg, pos) == pytest.approx(1 / 5)
+    assert balance(7 * pos, 7 * neg) == pytest.approx(1 / 5)
+    assert balance(pos, 0 * neg) == 0.0
+    assert balance(0 * pos, 0 * neg) is None
 
 
 # -- what is trained on what

@@ -297,6 +297,13 @@ def test_the_choice_is_made_on_validation_data(monkeypatch):
     assert asked_for == [(1, 2, 20, "val"), "chosen", (1, 2, 30, "test"), (3, 3, 30, "ood")]
 
 
+def test_the_calibrated_cross_entropy_takes_the_temperature_of_the_validation_data(monkeypatch):
+    monkeypatch.setattr(multiplication, "temperature", lambda found: 1e9 if found.n == TINY.n_val else 1.0)
+    found = multiplication.run("none", 0, "smoke", None, lambda n: None)
+    assert found["ood_ce_calibrated"] == pytest.approx(math.log(15))
+    assert found["ood_ce_best"] == found["ood_ce"]
+
+
 # -- the arms
 
 

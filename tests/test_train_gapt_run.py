@@ -402,6 +402,20 @@ def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(settings, fixtur
         memdiag.train_gapt(tokenizer=fixtures / "run", **settings)
 
 
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-vit", "digits-mlp"])
+def test_a_checkpoint_that_does_not_predict_the_next_token_is_refused(tmp_path, fixtures, settings, name):
+    settings = {key: value for key, value in settings.items() if key != "config"}
+    with pytest.raises(InputError, match=r"is no causal language model|has no tokenizer"):
+        memdiag.train_gapt(fixtures / name, out=tmp_path / "run", **settings)
+
+
+def test_a_config_whose_model_sees_the_next_token_is_refused(tmp_path, settings):
+    config = {"model_type": "bert", "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
+    (tmp_path / "bert.json").write_text(json.dumps(config | {"num_attention_heads": 2, "intermediate_size": 32}))
+    with pytest.raises(InputError, match=r"bert.json: is no causal language model: its logits at a token depend on"):
+        memdiag.train_gapt(**(settings | {"config": str(tmp_path / "bert.json")}))
+
+
 def test_held_out_texts_without_anything_to_predict_are_refused(tmp_path, settings):
     empty, single = tmp_path / "empty.jsonl", tmp_path / "single.jsonl"
     empty.write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def read_config(name: str) -> dict[str, Any]:
     if name in CONFIGS:
         return dict(CONFIGS[name])
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path's, False for a name that is too long
         if path.suffix == ".json":
             raise InputError(f"{path}: no such file; give a Hugging Face config.json, or {', '.join(CONFIGS)}")
         raise unknown("config", name, CONFIGS)

@@ -259,7 +259,8 @@ def forward(model: nn.Module, inputs: Inputs, layers: Sequence[Layer], on_hidden
             raise InputError(f"layer {layers[position].name!r} cannot be measured: {states}; leave it out by --layers")
         on_hidden(position, *states)
 
-    with torch.inference_mode(), _hooked(layers, take):
+    # not inference_mode: the weights of a sharded model are gathered here, and trained afterwards
+    with torch.no_grad(), _hooked(layers, take):
         return call(model, inputs)
 
 

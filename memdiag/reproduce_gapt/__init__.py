@@ -5,6 +5,7 @@ Each is a module with
     ARMS                    the ways to train, those that need another one behind it
     effects(preset)         what the paper says changes
     steps(preset, arm)      updates of one run, for progress
+    settings(preset)        what decides the figures besides arm and seed, as plain values
     run(arm, seed, preset, given, advance, ...) -> measures     of one run; `given` are the measures of what it needs
 """
 

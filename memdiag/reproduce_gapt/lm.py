@@ -10,6 +10,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from memdiag import train_gapt_compare, train_gapt_run
 from memdiag.errors import InputError
@@ -72,6 +73,11 @@ def effects(preset: str) -> list[Effect]:
 def steps(preset: str, arm: str) -> int:
     """Updates of one run."""
     return SETTINGS[preset].steps
+
+
+def settings(preset: str) -> dict[str, Any]:
+    """What decides the figures besides arm and seed."""
+    return dataclasses.asdict(SETTINGS[preset])
 
 
 def run(

@@ -146,6 +146,11 @@ def steps(preset: str, arm: str) -> int:
     return PRESETS[preset].steps
 
 
+def settings(preset: str) -> dict[str, Any]:
+    """What decides the figures besides arm and seed."""
+    return dataclasses.asdict(PRESETS[preset])
+
+
 def run(
     arm: str, seed: int, preset: str, given: Mapping[str, float | None] | None, advance: Callable[[int], None]
 ) -> dict[str, float | None]:
