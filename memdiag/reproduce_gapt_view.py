@@ -80,7 +80,9 @@ def signed(value: float | None, is_relative: bool) -> str:
     """A change with its sign, in percent if it is a share."""
     if value is None:
         return "–"
-    return f"{value:+.1%}" if is_relative else f"{value:+.3f}"
+    if is_relative:
+        return f"{value:+.1%}" if abs(value) < 0.1 else f"{value:+.0%}"
+    return f"{value:+.3f}"
 
 
 def interval(row: Row, name: str) -> str:
