@@ -182,7 +182,7 @@ def _all(runs):
 
 
 def test_with_shuffled_rows_compression_is_no_longer_of_each_class(runs):
-    """Entropy within a class falls because patches are of one class. Separation rises either way, but with shuffled rows
+    """Entropy within a class falls because patches are of one class. Separation rises in both, but with shuffled rows
     by switching one of the classes off; see docs/reproduce.gapt.md."""
     for measure in ("mbe_pos", "mbe_neg"):
         ordered = mean(runs, "gapt_w10", measure) / mean(runs, "mixed", measure)
