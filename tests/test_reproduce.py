@@ -284,10 +284,10 @@ def test_the_reports(tiny, tmp_path):
     for report, row in ((found.claims, ClaimRow), (found.phases, PhaseRow)):
         assert report.table.schema.remove_metadata().equals(tables.schema_of(row).remove_metadata())
         assert report.meta["report"] == row.report
-        assert report.meta["options"] == {"name": "grok", **dataclasses.asdict(ReproduceOptions())}
+        assert report.meta["options"] == {"name": "grok", **dataclasses.asdict(ReproduceOptions(seeds="0,1,2"))}
         assert report.meta["seed"] == [0, 1, 2]
         assert {"schema_version", "memdiag_version", "identity", "torch", "device", "dtype"} <= set(report.meta)
-        assert reproduce_report.options_of(report) == ("grok", ReproduceOptions())
+        assert reproduce_report.options_of(report) == ("grok", ReproduceOptions(seeds="0,1,2"))
 
 
 def test_in_memory(tiny):
@@ -361,7 +361,10 @@ def test_force(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "gork"}, "no paper to reproduce 'gork'; there are grok; did you mean 'grok'"),
+        (
+            {"name": "gork"},
+            "no paper to reproduce 'gork'; there are gapt-conflict, .*; did you mean 'grok'",
+        ),
         ({"preset": "papre"}, "no preset 'papre'; there are paper, smoke; did you mean 'paper'"),
         ({"only": "inverted_tset"}, "no claim of the preset smoke 'inverted_tset'; .*did you mean 'inverted_test'"),
         ({"only": " , "}, "names no claim"),
