@@ -17,6 +17,7 @@ from memdiag import checkpoint as checkpoints
 from memdiag import device as devices
 from memdiag import observe, tasks
 from memdiag.checkpoint import Checkpoint, pad_id, tokenizer_fingerprint
+from memdiag.checkpoint.guard import refusing
 from memdiag.dataset import Dataset, Example, open_dataset
 from memdiag.entropy_report import parse_columns
 from memdiag.errors import InputError
@@ -46,7 +47,9 @@ class Inputs:
             name, model = self.config_name, checkpoints.new_model(self.config_name, self.config, self.options.seed)
         else:
             name, model = str(self.checkpoint.path), self.checkpoint.load(dtype="float32")
-        if vocab_size(model) is None or not observe.predicts_next_token(model.eval(), torch.arange(2)[None]):
+        with refusing(f"{name}: its model cannot run"):
+            is_causal = observe.predicts_next_token(model.eval(), torch.arange(2)[None])
+        if vocab_size(model) is None or not is_causal:
             raise InputError(f"{name}: is no causal language model: its logits at a token depend on later ones")
         return model
 

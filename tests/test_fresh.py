@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,14 @@ def test_a_vocabulary_too_small_for_the_bytes_is_refused(size: int) -> None:
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tokenizer there"):
         read_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_beyond_any_tokenizer_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a vocabulary of 3e[+]21 tokens is more than any tokenizer has"):
+        train_tokenizer(["a"], 3 * 10**21)
+
+
+def test_a_model_that_the_memory_cannot_hold_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a page of 1000 bytes, 1000 of them
+    with pytest.raises(InputError, match=r"some/config.json: asks for 1[.]6e[+]06 weights, 0 GiB; there are 0"):
+        new_model("some/config.json", GPT2 | {"vocab_size": 10**5}, 0)

@@ -63,6 +63,11 @@ def new_model(where: str, config: Mapping[str, Any], seed: int) -> nn.Module:
         wanted = sum(p.numel() for p in skeleton.parameters())
         if wanted > MOST_WEIGHTS:
             raise InputError(f"{where}: asks for {wanted:.3g} weights; is the config damaged?")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if 4 * wanted > memory:  # else the system would end the process in the middle
+            raise InputError(
+                f"{where}: asks for {wanted:.3g} weights, {4 * wanted / 2**30:.0f} GiB; there are {memory / 2**30:.0f}"
+            )
         torch.random.manual_seed(seed)
         model: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
     return model.train()

@@ -64,7 +64,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """A byte-level BPE of at most `vocab_size` tokens: any text can be encoded, none is unknown. Token 0 ends a text.
 
     Raises:
-        InputError: fewer tokens than there are bytes.
+        InputError: fewer tokens than there are bytes, or more than can be.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -72,6 +72,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
         raise InputError(f"a vocabulary of {vocab_size} cannot hold all bytes; wanted at least {len(alphabet) + 1}")
+    if vocab_size >= 2**31:
+        raise InputError(
+            f"a vocabulary of {vocab_size:.3g} tokens is more than any tokenizer has; is the config damaged?"
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
