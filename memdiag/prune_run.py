@@ -37,7 +37,10 @@ def run(checkpoint: str | None, options: PruneOptions, out: Path, *, force: bool
         "options": options.identity(),
         **work.identity,
     }
-    if _is_there(out, identity, work.names, force=force):
+    names = [*(f"{report}.parquet" for report in REPORTS), "pruned", *work.names]
+    if tables.check_directory(
+        out, f"{MAIN}.parquet", lambda: identity, force=force, command="prune-memorizers", made=names
+    ):
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
         tables.remove_leftovers(out, identity)
         return read(out)
@@ -154,22 +157,6 @@ def write_part(directory: Path, name: str, found: Found, tokenizer: Any, task: s
     for report in ("neurons", "dynamics", "filtration"):
         tables.write(directory / f"{name}.{report}.parquet", REPORTS[report], [getattr(found, report)], meta)
     tables.write(directory / f"{name}.parquet", REPORTS[MAIN], [found.pruning], meta)
-
-
-def _is_there(out: Path, identity: dict[str, Any], names: list[str], *, force: bool) -> bool:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give a directory to --out")
-    main = out / f"{MAIN}.parquet"
-    if tables.check_place(main, lambda: identity, force=force):
-        return True
-    begun = out.with_name(f".{out.name}.parts").exists()
-    if not force and not begun and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no report of prune-memorizers; choose another --out")
-    if force and out.is_dir():
-        for name in [*(f"{report}.parquet" for report in REPORTS), "pruned", *names]:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return False
 
 
 def _assemble(parts: tables.Parts, out: Path, work: Work, options: dict[str, Any], identity: dict[str, Any]) -> None:

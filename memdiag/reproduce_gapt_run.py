@@ -18,7 +18,7 @@ import memdiag
 from memdiag import device as devices
 from memdiag import grokking, tables, workers
 from memdiag.dataset import open_dataset
-from memdiag.errors import InputError, unknown
+from memdiag.errors import unknown
 from memdiag.progress import Progress
 from memdiag.reproduce_effects import Arm, Effect, judge
 from memdiag.reproduce_gapt import experiment
@@ -94,7 +94,8 @@ def run(name: str, options: ReproduceOptions, out: Path, *, force: bool, progres
         "claimed": work.claimed(),
         **{key: value for key, value in begun.items() if key != "report"},
     }
-    if _is_there(out, identity, force=force):
+    names = [f"{report}.parquet" for report in EFFECT_REPORTS]
+    if tables.check_directory(out, f"{MAIN}.parquet", lambda: identity, force=force, command="reproduce", made=names):
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
         tables.remove_leftovers(out, begun)
         return read(out)
@@ -125,20 +126,6 @@ def read(out: Path) -> ReproducedEffects:
     """What stands in a directory that the command wrote."""
     effects, runs = (tables.read(out / f"{name}.parquet") for name in EFFECT_REPORTS)
     return ReproducedEffects(effects, runs, out)
-
-
-def _is_there(out: Path, identity: dict[str, Any], *, force: bool) -> bool:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give a directory to --out")
-    if tables.check_place(out / f"{MAIN}.parquet", lambda: identity, force=force):
-        return True
-    begun = out.with_name(f".{out.name}.parts").exists()
-    if not force and not begun and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no report of reproduce; choose another --out")
-    if force and out.is_dir():
-        for report in EFFECT_REPORTS:
-            (out / f"{report}.parquet").unlink(missing_ok=True)
-    return False
 
 
 def _device(name: str, options: ReproduceOptions) -> torch.device:

@@ -95,7 +95,8 @@ def run(name: str, options: ReproduceOptions, out: Path, *, force: bool, progres
     }
     # what is trained depends on these; other claims or seeds may be asked for when it goes on
     begun = {"report": "reproduce", "name": name, "preset": options.preset, "dtype": options.dtype}
-    if _is_there(out, identity, force=force):
+    names = [f"{report}.parquet" for report in REPORTS]
+    if tables.check_directory(out, f"{MAIN}.parquet", lambda: identity, force=force, command="reproduce", made=names):
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
         tables.remove_leftovers(out, begun)
         return read(out)
@@ -115,20 +116,6 @@ def read(out: Path) -> Reproduced:
     """What stands in a directory that the command wrote."""
     claims, phases = (tables.read(out / f"{name}.parquet") for name in ("claims", "phases"))
     return Reproduced(claims, phases, out)
-
-
-def _is_there(out: Path, identity: dict[str, Any], *, force: bool) -> bool:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give a directory to --out")
-    if tables.check_place(out / f"{MAIN}.parquet", lambda: identity, force=force):
-        return True
-    begun = out.with_name(f".{out.name}.parts").exists()
-    if not force and not begun and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no report of reproduce; choose another --out")
-    if force and out.is_dir():
-        for report in REPORTS:
-            (out / f"{report}.parquet").unlink(missing_ok=True)
-    return False
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------

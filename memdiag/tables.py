@@ -251,6 +251,32 @@ def check_place(path: Path, identity: Callable[[], Mapping[str, Any]], *, force:
     return True
 
 
+def check_directory(
+    out: Path, main: str, identity: Callable[[], Mapping[str, Any]], *, force: bool, command: str, made: Iterable[str]
+) -> bool:
+    """Whether the finished reports of a command with this identity already stand in `out`.
+
+    Args:
+        out: a directory, or where one shall be.
+        main: the report in it that is written last.
+        identity: as `check_place`.
+        force: what the command `made` there, files and directories by name, is deleted.
+    Raises:
+        InputError: something else stands there.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a directory to --out")
+    if check_place(out / main, identity, force=force):
+        return True
+    begun = out.with_name(f".{out.name}.parts").exists()
+    if not force and not begun and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no report of {command}; choose another --out")
+    for name in made if force and out.is_dir() else ():
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return False
+
+
 def differing(a: Report, b: Report) -> list[str]:
     """The columns that are not equal, bit for bit; those of only one of the two among them.
 

@@ -86,25 +86,12 @@ def read(out: Path) -> TrainedGapt:
 
 
 def _is_there(out: Path, identity: dict[str, Any], *, force: bool) -> bool:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give a directory to --out")
-    main = out / MAIN
-    begun = out.with_name(f".{out.name}.parts").exists()
+    main, begun = out / MAIN, directory_of(out).exists()
     if main.exists() and not force and _is_partial(main):
         main.unlink()  # of a run that diverged: its rows are still among the parts
-    elif tables.check_place(main, lambda: identity, force=force):
-        return True
-    if not begun and out.is_dir() and any(out.iterdir()) and not (force and main.exists()):
-        raise InputError(f"{out} is not empty and holds no report of train-gapt; choose another --out")
-    if force and out.is_dir():
-        for path in [
-            out / MAIN,
-            out / SUMMARY,
-            out / PLOT,
-            *(out / f"checkpoint-{n}" for n in checkpoints.inner_steps(out)),
-        ]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return False
+    made = [MAIN, SUMMARY, PLOT, *(f"checkpoint-{n}" for n in checkpoints.inner_steps(out))]
+    force = force and (begun or main.exists())  # checkpoints that are not ours are never deleted
+    return tables.check_directory(out, MAIN, lambda: identity, force=force, command="train-gapt", made=made)
 
 
 def _is_partial(path: Path) -> bool:

@@ -235,5 +235,5 @@ def test_a_vocabulary_beyond_any_tokenizer_is_refused() -> None:
 
 def test_a_model_that_the_memory_cannot_hold_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a page of 1000 bytes, 1000 of them
-    with pytest.raises(InputError, match=r"some/config.json: asks for 1[.]6e[+]06 weights, 0 GiB; there are 0"):
+    with pytest.raises(InputError, match=r"some/config.json: asks for 1[.]61e[+]06 weights, 0 GiB; there are 0"):
         new_model("some/config.json", GPT2 | {"vocab_size": 10**5}, 0)
