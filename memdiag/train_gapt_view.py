@@ -18,7 +18,7 @@ from memdiag.train_gapt_report import TrainedGapt
 if TYPE_CHECKING:
     from rich.console import Console
 
-POINTS = 60  # characters of a curve
+POINTS = 48  # characters of a curve, so that a line fits into 80
 SHADE, CE_COLOUR, MBE_COLOUR, VAL_COLOUR = "#f2d7a6", "#1f4e79", "#b03a2e", "#111111"
 
 
