@@ -124,6 +124,7 @@ def plot(found: ReproducedEffects, path: Path) -> None:
         (verdict,) = (row["verdict"] for row in rows if row["role"] == "treated")
         axis.set_title(f"{name}: {verdict}", fontsize=9, loc="left")
         axis.set_ylabel(rows[0]["measure"], fontsize=8)
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.spines[["top", "right"]].set_visible(False)
     canvas.supxlabel("dots: runs; beside them mean and 95 % interval; dotted: the paper's figure", fontsize=8)
     savefig(canvas, path)

@@ -261,6 +261,7 @@ def plot_compare(compare: Report, path: Path) -> None:
         axis.set_xticks(range(len(mine)), [row["arm"] for row in mine], rotation=30, ha="right", fontsize=8)
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_ylabel("nats", fontsize=8)
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     savefig(canvas, path)
