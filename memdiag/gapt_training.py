@@ -101,7 +101,7 @@ class Run:
     def _accumulate(self, rows: NDArray[np.int64], compress: bool, step: int) -> Tensor:
         """Forward and backward of all parts; (2 l + 1,): cross-entropy, Σ S_2 and patches of layers."""
         parts = np.array_split(rows, self.recipe.accumulate)
-        n_targets, n_patches = self.corpus.n_targets(rows), self.corpus.n_patches(rows, self.method.patch_size)
+        n_targets, n_patches = self.corpus.n_targets(rows), self._n_patches(rows)
         total: Tensor | None = None
         for i, part in enumerate(parts):
             # the last part has the cross-entropy, which reaches every weight, as DDP wants it
@@ -130,6 +130,10 @@ class Run:
         )
         return regulariser.cross_entropy_sum(logits, ids, mask), sums, counts
 
+    def _n_patches(self, rows: NDArray[np.int64]) -> int:
+        """What a sum over the patches of an update is divided by; an update of short documents has none."""
+        return max(1, self.corpus.n_patches(rows, self.method.patch_size))
+
     def _no_sync(self, *, unless: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are exchanged once an update, with its last part."""
         runs = self.training.runs
@@ -141,7 +145,7 @@ class Run:
 
     def _entropy_gradient(self, rows: NDArray[np.int64]) -> list[Tensor | None]:
         """The gradient of w · MBE alone, parameter by parameter; `.grad` is left empty."""
-        n_patches = self.corpus.n_patches(rows, self.method.patch_size)
+        n_patches = self._n_patches(rows)
         for part in np.array_split(rows, self.recipe.accumulate):
             with self._no_sync(unless=False):
                 _, sums, _ = self._forward(part, self.active)

@@ -87,7 +87,7 @@ def read(out: Path) -> TrainedGapt:
 
 def _is_there(out: Path, identity: dict[str, Any], *, force: bool) -> bool:
     main, begun = out / MAIN, directory_of(out).exists()
-    if main.exists() and not force and _is_partial(main):
+    if begun and not force and main.exists() and _is_partial(main):
         main.unlink()  # of a run that diverged: its rows are still among the parts
     made = [MAIN, SUMMARY, PLOT, *(f"checkpoint-{n}" for n in checkpoints.inner_steps(out))]
     force = force and (begun or main.exists())  # checkpoints that are not ours are never deleted
@@ -351,7 +351,7 @@ def plan(checkpoint: str | None, options: TrainGaptOptions) -> dict[str, object]
     return {
         "model": inputs.checkpoint.name if inputs.checkpoint else inputs.config_name,
         "weights": n_weights,
-        "layers": len(run.training.model.state_dict()) and max(run.active) and [min(run.active), max(run.active)],
+        "active_layers": run.active,
         "data": inputs.train.name,
         **_told(sequences),
         "updates": options.steps,

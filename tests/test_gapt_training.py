@@ -572,3 +572,16 @@ def test_one_process_goes_on_from_what_two_saved(
     run.gate = gapt.Gate.from_json(HASTY, extra["gate"])
     rows = [{"grad_norm": u.grad_norm, **dataclasses.asdict(u.result)} for u in updates(run)]
     assert_same_updates(rows, one_process[False][1]["rows"][STOP:])
+
+
+@pytest.mark.parametrize("ratio_every", [0, 1])
+def test_an_update_of_documents_shorter_than_a_patch_is_plain_and_the_gate_skips_it(ratio_every: int) -> None:
+    short = [Example(i, str(i), np.arange(3 + i, dtype=np.int64), None, None, False) for i in range(4)]
+    recipe = Recipe(steps=6, batch_size=2, lr=1e-3)
+    run = run_of(recipe, Method(Rule(gate="constant"), ratio_every=ratio_every), documents(short))
+    found = updates(run)
+    assert len(found) == 6
+    assert all(update.result.mbe is None and math.isfinite(update.result.ce) for update in found)
+    assert run.gate.skipped == 6
+    plainly = run_of(recipe, Method(Rule(gate="none")), documents(short))
+    assert [update.result.ce for update in updates(plainly)] == [update.result.ce for update in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,6 +331,10 @@ def test_a_loss_that_is_no_number_stops_and_keeps_what_is_good(tmp_path, setting
     assert history.meta["partial"] is True
     assert history.table["step"].to_pylist() == list(range(1, 16))
     monkeypatch.undo()
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    with pytest.raises(InputError, match=r"moved.history.parquet already holds another report"):
+        memdiag.train_gapt(out=tmp_path / "moved", **settings)
+    assert (tmp_path / "moved" / "history.parquet").exists()  # its parts are elsewhere, so these rows are all there is
     memdiag.train_gapt(out=tmp_path / "run", **settings)  # say, a memory error that does not come back
     memdiag.train_gapt(out=tmp_path / "whole", **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
