@@ -110,11 +110,7 @@ def run(name: str, options: ReproduceOptions, out: Path, *, force: bool, progres
         progress.start("training", total, unit="updates")
         for round_ in waiting:
             jobs = [(name, arm, seed, options, parts.directory) for arm, seed in round_]
-            if _device(name, options).type == "cpu":
-                workers.each(_one, jobs, progress)
-            else:  # an accelerator has room for one
-                for job in jobs:
-                    _one(job, progress.advance)
+            workers.each(_one, jobs, progress, one_by_one=_device(name, options).type != "cpu")
         _assemble(parts, out, work, {"name": name, **dataclasses.asdict(options)}, identity)
         parts.remove()
     finally:

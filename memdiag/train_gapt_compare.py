@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import memdiag
-from memdiag import ranks, tables, train_gapt_run, train_gapt_view, workers
+from memdiag import device as devices
+from memdiag import grokking, ranks, tables, train_gapt_run, train_gapt_view, workers
 from memdiag.errors import InputError
 from memdiag.progress import Progress
 from memdiag.reproduce_claims import mean_of, t_interval
@@ -58,12 +59,13 @@ def run(
     seeds, begun = options.seed_list(), not force
     first = [_job(checkpoint, options, out, arm, seed) for seed in seeds for arm in (options.gate, "none")]
     progress.start("training", 4 * len(seeds) * options.steps, unit="updates")
-    workers.each(_train, [(*job, begun) for job in first], progress)
+    one_by_one = devices.resolve(options.device).type != "cpu"
+    workers.each(_train, [(*job, begun) for job in first], progress, one_by_one=one_by_one)
     shares = [_share(out, options.gate, seed) for seed in seeds]
     second = [
         _job(checkpoint, options, out, arm, seed, share) for seed, share in zip(seeds, shares) for arm in CONTROLS[1:]
     ]
-    workers.each(_train, [(*job, begun) for job in second], progress)
+    workers.each(_train, [(*job, begun) for job in second], progress, one_by_one=one_by_one)
     summaries = {
         arm: [json.loads((out / arm / f"seed-{seed}" / train_gapt_run.SUMMARY).read_text()) for seed in seeds]
         for arm in (options.gate, *CONTROLS)
@@ -120,13 +122,8 @@ class Counting(Progress):
 
 def _train(job: tuple[str | None, TrainGaptOptions, Path, bool], advance: Callable[[int], None]) -> None:
     checkpoint, options, out, begun = job
-    before = torch.get_num_threads()
-    if options.device in ("auto", "cpu"):
-        torch.set_num_threads(1)  # as many processes as cores
-    try:
+    with grokking.one_thread():  # as many processes as cores
         train_gapt_run.run(checkpoint, options, out, force=not begun, progress=Counting(advance))
-    finally:
-        torch.set_num_threads(before)
 
 
 # -- figures -------------------------------------------------------------------------------------------------------

@@ -21,19 +21,26 @@ POLL_S = 0.2
 _shared: dict[str, Any] = {}  # of a worker: what it shares with the process that started it
 
 
-def each(function: Callable[[Item, Callable[[int], None]], None], items: Sequence[Item], progress: Progress) -> None:
+def each(
+    function: Callable[[Item, Callable[[int], None]], None],
+    items: Sequence[Item],
+    progress: Progress,
+    *,
+    one_by_one: bool = False,
+) -> None:
     """Call function(item, advance) for every item; where there are several items and cores, in processes of their own.
 
     Args:
         function: a function of a module, which writes its result to a file; advance(n) says that n steps are done.
         items: each can be pickled.
         progress: started by the caller.
+        one_by_one: in this process, for work that needs all of an accelerator.
     Raises:
         IncompleteError: a process died, e.g. for want of memory; what the others finished is kept.
         Whatever `function` raises.
     """
     n = min(len(items), os.cpu_count() or 1)
-    if n < 2:
+    if n < 2 or one_by_one:
         for item in items:
             function(item, progress.advance)
         return

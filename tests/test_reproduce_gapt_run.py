@@ -63,7 +63,7 @@ def test_killed_and_begun_again_gives_the_same_bytes(found, tmp_path):
         "import os, signal, sys\n"
         "import memdiag\n"
         "from memdiag import reproduce_gapt_run, workers\n"
-        "def each(function, jobs, progress):\n"
+        "def each(function, jobs, progress, **options):\n"
         "    for job in jobs[:2]:\n"
         "        function(job, progress.advance)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -113,8 +113,8 @@ def test_a_comparison_that_was_cut_off_trains_only_what_is_missing(compared, set
     out = tmp_path / "cut"
     original = train_gapt_compare.workers.each
 
-    def each(function, jobs, progress):
-        original(function, jobs[:2], progress)
+    def each(function, jobs, progress, **options):
+        original(function, jobs[:2], progress, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_gapt_compare.workers, "each", each)

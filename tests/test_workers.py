@@ -113,3 +113,14 @@ def alive(pid: int) -> bool:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def _pid(item, advance):
+    path, name = item
+    (path / name).write_text(str(os.getpid()))
+    advance(1)
+
+
+def test_one_by_one_is_in_this_process(tmp_path):
+    workers.each(_pid, [(tmp_path, "a"), (tmp_path, "b")], Progress(), one_by_one=True)
+    assert {(tmp_path / name).read_text() for name in "ab"} == {str(os.getpid())}
