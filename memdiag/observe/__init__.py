@@ -24,6 +24,7 @@ from memdiag.dataset import Batch
 from memdiag.device import is_out_of_memory
 from memdiag.errors import InputError, one_line, unknown
 from memdiag.observe.recording import Recorder as Recorder  # observe.Recorder
+from memdiag.observe.recording import Tap as Tap
 
 NOT_CHOSEN = "not in --layers"
 OnHidden = Callable[[int, Tensor, Tensor], None]  # (position in the list of layers, hidden (b, t, d), mask (b, t))

@@ -1,4 +1,4 @@
-"""Hidden states that stay in their graph while a model is trained.
+"""Hooks that stay on a model while it is trained: hidden states in their graph, and what a pass was given and gave.
 
 Axes: b example, t position, d dimension.
 """
@@ -70,3 +70,36 @@ class Recorder:
             self._keep(position, output)
 
         return hook
+
+
+class Tap:
+    """Takes a keyword argument away before a model sees it, and hands it on with what a training pass gave."""
+
+    def __init__(self, model: nn.Module, keyword: str, take: Callable[[Any, dict[str, Any], Any], None]) -> None:
+        """Watch the model until `close`.
+
+        Args:
+            keyword: the argument; passes without it go on as they are.
+            take: given the argument (None: there was none), the other keyword arguments and the output of every pass
+                in train mode with gradients.
+        """
+        self._keyword, self._take = keyword, take
+        self._value: Any = None
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._value = kwargs.get(self._keyword)
+        return args, {name: value for name, value in kwargs.items() if name != self._keyword}
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        value, self._value = self._value, None
+        if module.training and torch.is_grad_enabled():
+            self._take(value, kwargs, output)
