@@ -87,13 +87,15 @@ def ways(device: str, dtype: str, memorized: bool = False) -> dict[str, Callable
 
 
 def timed(function: Callable[[], object], device: str) -> float:
+    """Seconds, on a CPU those of its one thread: they hardly move when others work beside it."""
     import torch
 
-    began = time.perf_counter()
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    began = clock()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def ratios(rounds: int, device: str, dtype: str, memorized: bool) -> tuple[dict[str, float], dict[str, float]]:

@@ -17,11 +17,16 @@ from memdiag.errors import IncompleteError, InputError
 
 if TYPE_CHECKING:
     from memdiag.entropy_report import entropy
+    from memdiag.import_report import import_score
     from memdiag.prune_report import Pruned, prune_memorizers
     from memdiag.regulariser import Gapt
     from memdiag.reproduce_report import Reproduced, ReproducedEffects, reproduce
+    from memdiag.score_report import score
+    from memdiag.second_split_report import second_split
     from memdiag.tables import Report, read
     from memdiag.train_gapt_report import TrainedGapt, train_gapt
+    from memdiag.train_report import Trained, train
+    from memdiag.trajectory_recorder import TrajectoryRecorder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,18 +37,25 @@ __all__ = [
     "Report",
     "Reproduced",
     "ReproducedEffects",
+    "Trained",
     "TrainedGapt",
+    "TrajectoryRecorder",
     "__version__",
     "entropy",
+    "import_score",
     "prune_memorizers",
     "read",
     "reproduce",
+    "score",
+    "second_split",
+    "train",
     "train_gapt",
 ]
 
 _HOME = {
     "Gapt": "memdiag.regulariser",
     "entropy": "memdiag.entropy_report",
+    "import_score": "memdiag.import_report",
     "prune_memorizers": "memdiag.prune_report",
     "Pruned": "memdiag.prune_report",
     "Report": "memdiag.tables",
@@ -51,6 +63,11 @@ _HOME = {
     "reproduce": "memdiag.reproduce_report",
     "Reproduced": "memdiag.reproduce_report",
     "ReproducedEffects": "memdiag.reproduce_report",
+    "score": "memdiag.score_report",
+    "second_split": "memdiag.second_split_report",
+    "train": "memdiag.train_report",
+    "Trained": "memdiag.train_report",
+    "TrajectoryRecorder": "memdiag.trajectory_recorder",
     "train_gapt": "memdiag.train_gapt_report",
     "TrainedGapt": "memdiag.train_gapt_report",
 }

@@ -13,11 +13,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,25 @@ Rows = Iterable[Mapping[str, Any]]
 def column(type: pa.DataType, doc: str, *, unit: str = "", nullable: bool = False) -> Any:
     """A field of a row: its Arrow type, what it means, its unit ("" for a pure number or a name)."""
     return dataclasses.field(metadata={"type": type, "doc": doc, "unit": unit, "nullable": nullable})
+
+
+def row_class(name: str, report: str, schema_version: int, columns: Mapping[str, Any]) -> type:
+    """A row dataclass whose columns are settled only when a command runs.
+
+    Args:
+        name: of the class.
+        report: the report's name.
+        schema_version: of the report.
+        columns: name -> what `column` returned, in order.
+    """
+    about = {"report": report, "schema_version": schema_version}
+    fields = [(name, Any, field_again(found)) for name, found in columns.items()]
+    return dataclasses.make_dataclass(name, fields, frozen=True, namespace=about)
+
+
+def field_again(found: Any) -> Any:
+    """A field like this one: dataclasses keep a field's name in it, so no two may share one."""
+    return dataclasses.field(metadata=dict(found.metadata))
 
 
 def schema_of(row: type) -> pa.Schema:
@@ -110,13 +130,42 @@ def to_batch(row: type, rows: Rows) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns, schema=schema)
 
 
-def write(path: Path, row: type, batches: Iterable[Rows], meta: Mapping[str, Any]) -> None:
+def from_columns(row: type, columns: Mapping[str, Any]) -> pa.RecordBatch:
+    """Columns (arrays or lists, by name) as Arrow, checked against the declaration.
+
+    NaN and null are one; floats become whole numbers or truth values where the declaration says so.
+
+    Raises:
+        ValueError: as `to_batch`.
+    """
+    schema = schema_of(row)
+    if set(columns) != set(schema.names):
+        raise ValueError(f"columns differ from {row.__name__}: {sorted(set(columns) ^ set(schema.names))}")
+    return pa.RecordBatch.from_arrays([_as_arrow(field, columns[field.name]) for field in schema], schema=schema)
+
+
+def _as_arrow(field: pa.Field, values: Any) -> pa.Array:
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        undefined = np.isnan(values)
+        if np.isinf(values).any():
+            raise ValueError(f"column {field.name} holds an infinity")
+        if not pa.types.is_floating(field.type):  # whole numbers and truth values with gaps come as floats
+            values = np.where(undefined, 0, values).astype(np.int64 if pa.types.is_integer(field.type) else np.bool_)
+        found = pa.array(values, mask=undefined).cast(field.type)
+    else:
+        found = pa.array(values, type=field.type)
+    if not field.nullable and found.null_count:
+        raise ValueError(f"column {field.name} may not be null or NaN")
+    return found
+
+
+def write(path: Path, row: type, batches: Iterable[Rows | pa.RecordBatch], meta: Mapping[str, Any]) -> None:
     """Write a report in one step: readers see the old file, or the whole new one.
 
     Args:
         path: where; what was there is replaced (the caller decides whether it may be).
         row: the dataclass of its rows.
-        batches: each becomes one row group, written as it comes.
+        batches: rows, or what `from_columns` made of them; each becomes one row group, written as it comes.
         meta: goes into the file's metadata as JSON under the key `memdiag`.
     Raises:
         IncompleteError: the disk is full.
@@ -125,7 +174,7 @@ def write(path: Path, row: type, batches: Iterable[Rows], meta: Mapping[str, Any
     schema = _with_meta(schema_of(row), meta)
     with _replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in batches:
-            batch = to_batch(row, rows)
+            batch = rows if isinstance(rows, pa.RecordBatch) else to_batch(row, rows)
             if batch.num_rows:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
@@ -196,6 +245,16 @@ def read(path: str | Path) -> Report:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {one_line(error, 120)}; make it again") from None
     return Report(table, meta, path)
+
+
+def stream(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """A report's row groups, one after another; errors as `read`."""
+    try:
+        with _opened(path) as file, pq.ParquetFile(file) as opened:
+            for i in range(opened.num_row_groups):
+                yield opened.read_row_group(i, columns=columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {one_line(error, 120)}; make it again") from None
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from memdiag import cli, entropy_report
 from memdiag.errors import IncompleteError, InputError
 
 BROKEN = sorted(path.name for path in (Path(__file__).parent.parent / "fixtures" / "broken").iterdir())
-COMMANDS = ["entropy", "prune-memorizers", "train-gapt", "reproduce", "schema", "rerun"]
+COMMANDS = ["entropy", "score", "prune-memorizers", "train", "train-gapt", "reproduce", "import", "schema", "rerun"]
 INSTALLED = "import sys; sys.argv[0] = 'memdiag'; from memdiag.cli import run; run()"  # as the script `memdiag` does it
 
 
@@ -504,8 +504,8 @@ def test_schema_lists_the_reports(memdiag_):
     reports = [
         "entropy", "entropy.gradients", "prune-memorizers.dynamics", "prune-memorizers.filtration",
         "prune-memorizers.neurons", "prune-memorizers.pruning", "reproduce.claims", "reproduce.effects",
-        "reproduce.phases", "reproduce.runs",
-        "train-gapt.compare", "train-gapt.history",
+        "reproduce.phases", "reproduce.runs", "score", "score.second-split",
+        "train-gapt.compare", "train-gapt.history", "train.examples", "train.history", "train.trajectory",
     ]  # fmt: skip
     assert memdiag_("schema") == Done(0, "".join(f"{name}\n" for name in reports), "")
     assert json.loads(memdiag_("schema", "--json").out) == reports

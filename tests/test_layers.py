@@ -21,10 +21,13 @@ LAYER = {
     "errors": 0, "progress": 0, "ranks": 0, "spectrum": 0,
     "modular": 1, "drawing": 1, "workers": 1, "gapt": 1,
     "__init__": 2, "tables": 2, "tasks": 2, "models": 2, "device": 2, "mbe": 2,
-    "checkpoint": 3, "dataset": 3,
+    "checkpoint": 3, "dataset": 3, "scores": 3, "trajectory": 3,
     "packing": 4, "observe": 4, "fourier": 4, "attribution": 4, "pruning": 4,
     "alignment": 5, "oscillation": 5, "entropy_report": 5, "entropy_view": 5, "grokking": 5, "reading": 5,
-    "regulariser": 5, "training": 5, "train_gapt_report": 5,
+    "regulariser": 5, "training": 5, "train_gapt_report": 5, "train_report": 5, "score_report": 5, "agreement": 5,
+    "score_summary": 6, "score_view": 6, "train_view": 6, "supervised": 6, "scoring": 6, "score_inputs": 6,
+    "second_split": 6, "second_split_report": 6, "import_report": 7, "second_split_view": 7, "trajectory_recorder": 7,
+    "train_models": 7, "train_inputs": 8, "score_run": 8, "train_plan": 9, "train_run": 10, "second_split_run": 10,
     "prune_report": 5, "reproduce_report": 5, "reproduce_claims": 5,
     "layer_sums": 6, "gapt_training": 6, "train_gapt_inputs": 6, "train_gapt_view": 6,
     "prune_view": 6, "prune_curves": 6, "reproduce_view": 6, "reproduce_effects": 6, "reproduce_gapt_view": 6,
@@ -39,6 +42,10 @@ LAYER = {
 LAZILY_UPWARDS = {
     ("entropy_report", "entropy_run"),
     ("prune_report", "prune_run"),
+    ("train_report", "train_run"),
+    ("train_report", "train_plan"),
+    ("second_split_report", "second_split_run"),
+    ("score_report", "score_run"),
     ("train_gapt_report", "train_gapt_run"),
     ("train_gapt_report", "train_gapt_compare"),
     ("reproduce_report", "reproduce_run"),
@@ -50,7 +57,8 @@ WITHOUT_TORCH = [
     "memdiag.spectrum", "memdiag.entropy_report", "memdiag.entropy_view", "memdiag.cli", "memdiag.checkpoint.steps",
     "memdiag.modular", "memdiag.drawing", "memdiag.gapt", "memdiag.train_gapt_report",
     "memdiag.train_gapt_view", "memdiag.reproduce_gapt_view",
-    "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report",
+    "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report", "memdiag.scores", "memdiag.trajectory",
+    "memdiag.train_report", "memdiag.score_report", "memdiag.score_view",
 ]  # fmt: skip
 
 
@@ -187,8 +195,9 @@ def test_what_must_start_quickly_does_not_import_torch():
 def test_the_python_api_names_what_it_lacks():
     with pytest.raises(AttributeError, match="has no attribute 'entropie'"):
         memdiag.entropie  # noqa: B018
-    lazy = {"Gapt", "Pruned", "Report", "Reproduced", "ReproducedEffects", "TrainedGapt"}
-    lazy |= {"entropy", "prune_memorizers", "read", "reproduce", "train_gapt"}
+    lazy = {"Gapt", "Pruned", "Report", "Reproduced", "ReproducedEffects", "Trained", "TrainedGapt"}
+    lazy |= {"TrajectoryRecorder", "entropy", "import_score", "prune_memorizers", "read", "reproduce", "score"}
+    lazy |= {"second_split", "train", "train_gapt"}
     assert set(memdiag.__all__) <= {*dir(memdiag), *lazy}
     for name in memdiag.__all__:
         assert getattr(memdiag, name) is not None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -434,6 +435,7 @@ def test_what_was_left_behind_a_whole_report_is_removed_unless_it_is_of_another_
 WRITE_MANY = """
 import dataclasses, re, sys
 from pathlib import Path
+import numpy as np
 import pyarrow as pa
 from memdiag import tables
 
@@ -463,3 +465,26 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         return int(done.stdout)
 
     assert peak(2_000_000) < 1.3 * peak(200_000)
+
+
+def test_columns_become_arrow_with_gaps_and_whole_numbers():
+    row = tables.row_class(
+        "Row", "r", 1,
+        {
+            "a": tables.column(pa.int32(), "whole", nullable=True), "b": tables.column(pa.bool_(), "", nullable=True),
+            "c": tables.column(pa.float64(), "", nullable=True), "d": tables.column(pa.string(), ""),
+        },
+    )  # fmt: skip
+    batch = tables.from_columns(
+        row,
+        {"a": np.array([1.0, np.nan]), "b": np.array([np.nan, 1.0]), "c": np.array([0.5, np.nan]), "d": ["x", "y"]},
+    )
+    assert batch.to_pylist() == [{"a": 1, "b": None, "c": 0.5, "d": "x"}, {"a": None, "b": True, "c": None, "d": "y"}]
+    assert (row.report, row.schema_version) == ("r", 1)
+    good = {"a": np.array([1]), "b": [True], "c": np.array([1.0]), "d": ["x"]}
+    with pytest.raises(ValueError, match="infinity"):
+        tables.from_columns(row, good | {"c": np.array([np.inf])})
+    with pytest.raises(ValueError, match="may not be null"):
+        tables.from_columns(row, good | {"d": [None]})
+    with pytest.raises(ValueError, match="columns differ"):
+        tables.from_columns(row, {"a": np.array([1])})

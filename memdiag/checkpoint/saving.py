@@ -54,6 +54,7 @@ def _write(
     from transformers import PreTrainedModel
 
     from memdiag.checkpoint.guard import quiet
+    from memdiag.models.cnn import CNN
     from memdiag.models.mlp import MLP
     from memdiag.models.transformer import Transformer
 
@@ -65,7 +66,7 @@ def _write(
     else:
         stored = _write_weights(directory, model)
         dtype = str(next(iter(stored.values())).dtype).removeprefix("torch.")
-        config = model.config.to_json() | {"dtype": dtype} if isinstance(model, MLP | Transformer) else None
+        config = model.config.to_json() | {"dtype": dtype} if isinstance(model, CNN | MLP | Transformer) else None
     if config is not None:
         config |= {} if task is None else {"memdiag_task": task}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

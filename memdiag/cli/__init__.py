@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import memdiag
-from memdiag.cli import measure, reports, reproduce, train
+from memdiag.cli import measure, reports, reproduce, score, train
 from memdiag.cli.options import option
 from memdiag.errors import IncompleteError, InputError, one_line
 
@@ -54,9 +54,12 @@ def main(
 
 
 app.command("entropy", short_help="How compressed are the hidden states, layer by layer?")(measure.entropy)
+app.command("score", short_help="Which examples were memorized?")(score.score)
 app.command("prune-memorizers", short_help="Which neurons memorize, and what if they go?")(measure.prune_memorizers)
+app.command("train", short_help="Train a small model, with the trajectory of every example.")(train.train)
 app.command("train-gapt", short_help="Train a language model that memorizes and compresses in turns.")(train.train_gapt)
 app.command("reproduce", short_help="Does the paper hold here?")(reproduce.reproduce)
+app.command("import", short_help="Bring a foreign score into a score report.")(score.import_)
 app.command("schema", short_help="What is in a report: columns, types, units.")(reports.schema)
 app.command("rerun", short_help="Repeat the run that made a report.")(reports.rerun)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from memdiag.cli import options as o
+from memdiag.errors import InputError
 
 if TYPE_CHECKING:
     from memdiag.progress import Progress
@@ -25,6 +26,11 @@ ROWS = {
     "reproduce.phases": "memdiag.reproduce_report:PhaseRow",
     "reproduce.effects": "memdiag.reproduce_report:EffectRow",
     "reproduce.runs": "memdiag.reproduce_report:RunRow",
+    "score": "memdiag.score_report:ScoreRow",
+    "score.second-split": "memdiag.second_split_report:SecondSplitRow",
+    "train.history": "memdiag.train_report:HistoryRow",
+    "train.examples": "memdiag.train_report:ExampleRow",
+    "train.trajectory": "memdiag.trajectory:TrajectoryRow",
     "train-gapt.history": "memdiag.train_gapt_report:HistoryRow",
     "train-gapt.compare": "memdiag.train_gapt_report:CompareRow",
 }
@@ -152,6 +158,30 @@ def _again(old: Report, path: Path, out: Path | None, *, force: bool, progress: 
         target = out or folder.with_name(f"{folder.name}.rerun")
         made = train_gapt_report.measure(given, choices, out=target, force=force, progress=progress)
         return None if made.path is None else (made.report, target)
+    if kind.startswith("train."):
+        from memdiag import train_report
+
+        folder = path.absolute().parent
+        target = out or folder.with_name(f"{folder.name}.rerun")
+        if kind == "train.trajectory":
+            raise InputError(f"{path}: is one epoch of a run; give the history.parquet of its directory")
+        trained = train_report.measure(train_report.options_of(old), out=target, force=force, progress=progress)
+        return getattr(trained, kind.removeprefix("train.")), target
+    if kind == "score.second-split":
+        from memdiag import second_split_report
+
+        target = out or path.with_name(f"{path.stem}.rerun.parquet")
+        split = second_split_report.options_of(old)
+        return second_split_report.measure(split, out=target, force=force, progress=progress), target
+    if kind == "score":
+        from memdiag import score_report
+
+        if old.meta.get("foreign"):
+            raise InputError(f"{path}: has imported columns, which no run can make; give the report they were put into")
+        source, wanted = score_report.options_of(old)
+        target = out or path.with_name(f"{path.stem}.rerun.parquet")
+        scored = score_report.measure(source, wanted, out=target, force=force, progress=progress)
+        return None if scored.path is None else (scored, target)
     from memdiag import entropy_report
 
     checkpoint, settings = entropy_report.options_of(old)

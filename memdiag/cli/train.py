@@ -120,3 +120,99 @@ def train_gapt(
     if found.path is None:  # another rank writes and shows it
         return
     finish(train_gapt_view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)
+
+
+def train(
+    task: Annotated[str | None, o.argument(metavar="[TASK]", help="What to train on, e.g. task:digits.")] = None,
+    data: Annotated[
+        str | None, o.option("--data", "-d", help="The same as an option: a file, save_to_disk directory, or task.")
+    ] = None,
+    test: Annotated[str | None, o.option(help="Held-out data, evaluated at every save.")] = None,
+    test_fraction: Annotated[float | None, o.option(help="Instead: hold out this share, drawn by the seed.")] = None,
+    out: o.OutDirectory = Path("train"),
+    corruption: Annotated[
+        float, o.option(help="Share of labels replaced by another class, uniform over the others.")
+    ] = 0.0,
+    arch: Annotated[
+        str | None, o.option(help="mlp (features), cnn (images), transformer (tokens). Text without labels: gpt2-tiny.")
+    ] = None,
+    model: Annotated[
+        str | None, o.option(metavar="PKG.MODULE:FACTORY", help="Instead: your own code that builds the model.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        o.option(metavar="NAME|FILE", help="Instead: a language model, gpt2-tiny, gpt2-small, or a config.json."),
+    ] = None,
+    width: Annotated[
+        int | None, o.option(help="Units of a hidden layer. Default: 128; cnn: 32, doubled from layer to layer.")
+    ] = None,
+    depth: Annotated[int | None, o.option(help="Hidden layers. Default: 2.")] = None,
+    standardize: Annotated[
+        bool | None,
+        o.option(
+            "--standardize/--no-standardize",
+            help="Scale features to mean 0 and deviation 1, inside the model. Default: mlp and cnn do.",
+            show_default=False,
+        ),
+    ] = None,
+    epochs: Annotated[int | None, o.option(help="Passes over the data. Default: 60; language model: 5.")] = None,
+    batch_size: Annotated[int | None, o.option(help="Examples in an update. Default: 64; language model: 32.")] = None,
+    save_every: Annotated[int | None, o.option(help="Updates between checkpoints. Default: an epoch.")] = None,
+    optimizer: Annotated[str | None, o.option(help="sgd (features; momentum 0.9) or adamw (tokens).")] = None,
+    lr: Annotated[
+        float | None,
+        o.option(help="Learning rate. Default: sgd 0.1, adamw 0.001; transformer 0.01, language model 0.002."),
+    ] = None,
+    schedule: Annotated[str, o.option(help="cosine, linear (constant for 60 %, then linear), constant.")] = "cosine",
+    warmup: Annotated[
+        int | None, o.option(help="Updates. Default: none; language model: a twentieth, at most 100.")
+    ] = None,
+    weight_decay: Annotated[float | None, o.option(help="Of matrices. Default: none; language model: 0.01.")] = None,
+    clip: Annotated[float | None, o.option(help="The longest gradient; 0: any. Default: 0; language model: 1.")] = None,
+    columns: o.Columns = None,
+    tokenizer: Annotated[
+        str | None, o.option(help="Its directory. Default: a byte-level BPE made of the training texts.")
+    ] = None,
+    max_length: Annotated[
+        int | None, o.option(help="Tokens read of an example. Default: the model's positions, at most 1024.")
+    ] = None,
+    limit: o.Limit = None,
+    seed: o.Seed = 0,
+    dtype: Annotated[
+        str,
+        o.option(help="auto (language model: bfloat16 products where the device is made for it), float32, bfloat16."),
+    ] = "auto",
+    device: o.Device = "auto",
+    plot: Annotated[Path | None, o.option(help="Draw the run also to this .png or .svg.")] = None,
+    force: o.Force = False,
+    dry_run: o.DryRun = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+    show: o.Show = False,
+    online: o.Online = False,
+) -> None:
+    """Train a small model on any dataset, with the trajectory of every example, for `memdiag score`.
+
+    Example: memdiag train task:digits --corruption 0.1 --out runs/digits
+
+    Example: memdiag train --data texts.jsonl --epochs 5 --out runs/texts
+    """
+    given = dict(locals())
+    begin(online=online, quiet=quiet)
+    from memdiag import drawing, train_report, train_view
+    from memdiag.errors import InputError
+    from memdiag.progress import Progress
+
+    if task is not None and data is not None:
+        raise InputError(f"{task} and --data {data} both say what to train on; give one of them")
+    given["data"] = task or data
+    names = train_report.TrainOptions.__dataclass_fields__
+    settings = train_report.TrainOptions(**{name: given[name] for name in names})
+    if dry_run:
+        print_plan(train_report.plan(settings), as_json=as_json)
+        return
+    if plot is not None:
+        drawing.check_plot(plot)
+    with Progress(show=not quiet) as progress:
+        found = train_report.measure(settings, out=out, force=force, progress=progress)
+    finish(train_view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)

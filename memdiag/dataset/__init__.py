@@ -106,6 +106,7 @@ class Dataset:
         vocab_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        keep: Callable[[int], bool] | None = None,
     ) -> Iterator[Example]:
         """Stream the examples in row order; rank r of w gets the rows with row % w == r.
 
@@ -113,6 +114,7 @@ class Dataset:
             tokenizer: of the Hugging Face kind; needed for text. Special tokens are added.
             max_length: keep the first `max_length` tokens, whatever they are, and mark the example truncated.
             vocab_size: of the model; a token id beyond it is an error.
+            keep: whether a row is wanted; the others are neither checked nor tokenised.
         Raises:
             InputError: at once for a missing tokenizer, while streaming for a row ("row 17: text is null").
             ValueError: rank and world_size that do not fit.
@@ -121,11 +123,14 @@ class Dataset:
             raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
         if max_length is not None and max_length < 1:
             raise InputError(f"max_length is {max_length}; wanted at least 1")
+        rows = self._rows(rank, world_size)
+        if keep is not None:
+            rows = (found for found in rows if keep(found[0]))
         if self.kind != "text":
-            return (self._example(*row, max_length, vocab_size) for row in self._rows(rank, world_size))
+            return (self._example(*row, max_length, vocab_size) for row in rows)
         if tokenizer is None:
             raise fault(self.name, "holds text; wanted a tokenizer (--tokenizer PATH) or a column of input_ids")
-        return self._tokenised(self._rows(rank, world_size), tokenizer, max_length, vocab_size)
+        return self._tokenised(rows, tokenizer, max_length, vocab_size)
 
     def texts(self) -> Iterator[tuple[int, str]]:
         """(row, text) of every example of a dataset of texts, in row order; errors as `examples`."""

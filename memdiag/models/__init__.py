@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from memdiag.errors import InputError, unknown
+from memdiag.models.cnn import CNN, CnnConfig
 from memdiag.models.mlp import MLP, MlpConfig
 from memdiag.models.transformer import Transformer, TransformerConfig
 
-MODEL_TYPES = ("memdiag-mlp", "memdiag-transformer")
+MODEL_TYPES = ("memdiag-cnn", "memdiag-mlp", "memdiag-transformer")
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -29,6 +30,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     try:
         if model_type == "memdiag-mlp":
             return MLP(MlpConfig.from_json(config))
+        if model_type == "memdiag-cnn":
+            return CNN(CnnConfig.from_json(config))
         return Transformer(TransformerConfig.from_json(config))
     except ValueError as error:
         raise InputError(f"{model_type}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class MlpConfig:
     bias: bool = True
     norm: str = "none"  # none, batch or layer, after the activation
     dropout: float = 0.0  # before the activation
+    input_mean: float = 0.0  # of the training features: what comes in is shifted and scaled by them
+    input_std: float = 1.0
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.widths) <= MAX_LAYERS:
@@ -53,6 +56,7 @@ class MlpConfig:
             raise ValueError(f"norm must be one of none, {', '.join(NORMS)}, got {str(self.norm)[:40]!r}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {str(self.dropout)[:40]}")
+        check_scaling(self.input_mean, self.input_std)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> MlpConfig:
@@ -60,10 +64,11 @@ class MlpConfig:
         widths, activation, norm = config.get("widths"), config.get("activation", "relu"), config.get("norm", "none")
         if not isinstance(widths, list) or not isinstance(activation, str) or not isinstance(norm, str):
             raise ValueError("its config must hold widths (a list of numbers), activation and norm (names)")
-        return cls(tuple(widths), activation, config.get("bias", True), norm, config.get("dropout", 0.0))
+        scaling = {name: config[name] for name in ("input_mean", "input_std") if name in config}
+        return cls(tuple(widths), activation, config.get("bias", True), norm, config.get("dropout", 0.0), **scaling)
 
     def to_json(self) -> dict[str, Any]:
-        """What config.json holds, but for the task and the dtype; a norm and dropout only where there are any."""
+        """What config.json holds, but for the task and the dtype; norm, dropout, scaling only where there are any."""
         return {
             "model_type": "memdiag-mlp",
             "widths": list(self.widths),
@@ -71,7 +76,26 @@ class MlpConfig:
             "bias": self.bias,
             **({"norm": self.norm} if self.norm != "none" else {}),
             **({"dropout": self.dropout} if self.dropout else {}),
+            **scaling_to_json(self.input_mean, self.input_std),
         }
+
+
+def check_scaling(mean: object, std: object) -> None:
+    """Raise ValueError where a mean and a standard deviation of features are none."""
+    if type(mean) not in (int, float) or not abs(mean) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"input_mean must be a finite number, got {str(mean)[:40]}")
+    if type(std) not in (int, float) or not 0 < std < math.inf:  # type: ignore[operator]
+        raise ValueError(f"input_std must be a finite number above 0, got {str(std)[:40]}")
+
+
+def scaling_to_json(mean: float, std: float) -> dict[str, float]:
+    """The two keys of a config.json, where they change anything."""
+    return {} if (mean, std) == (0.0, 1.0) else {"input_mean": mean, "input_std": std}
+
+
+def scaled(features: Tensor, mean: float, std: float) -> Tensor:
+    """(features − mean) / std."""
+    return features if (mean, std) == (0.0, 1.0) else (features - mean) / std
 
 
 NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -102,5 +126,6 @@ class MLP(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b, k) of features (b, ...), whose trailing axes are flattened to (b, i)."""
+        features = scaled(features, self.config.input_mean, self.config.input_std)
         out: Tensor = self.layers(torch.flatten(features, start_dim=1))
         return out

@@ -191,16 +191,18 @@ class _Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (n, v) of hidden states (n, d); the next call may write over them."""
-        logits = self._linear(hidden) if type(self.embeddings) is nn.Linear else self.embeddings(hidden)
+        logits = (
+            self._linear(self.embeddings, hidden) if type(self.embeddings) is nn.Linear else self.embeddings(hidden)
+        )
         if self.times is not None:
             logits.mul_(self.times)
         if self.over is not None:
             logits.div_(self.over)
         return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap is not None else logits
 
-    def _linear(self, hidden: Tensor) -> Tensor:
+    def _linear(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
         """Into the same memory every time: on a CPU fresh pages would take as long as the sums."""
-        weight, bias = self.embeddings.weight, self.embeddings.bias
+        weight, bias = layer.weight, layer.bias
         if self.room is None:
             self.room = hidden.new_empty((self.most, len(weight)))
         out = self.room[: len(hidden)]
