@@ -38,7 +38,7 @@ from memdiag.errors import IncompleteError, InputError
 from memdiag.packing import Corpus
 from memdiag.progress import Progress
 from memdiag.score_summary import summary_of
-from memdiag.second_split import first_half, forgetting_time, within_half
+from memdiag.forgetting import first_half, forgetting_time, within_half
 from memdiag.second_split_report import REPORT, SCORES, SECOND_EPOCHS, VERSION, SecondSplitOptions, row_of
 from memdiag.supervised import Examples, Run, loss_of, of_update
 from memdiag.tables import column

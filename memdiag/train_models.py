@@ -61,7 +61,7 @@ def _check_causal(name: str, model: nn.Module) -> None:
 
 
 def _of_factory(factory: str, seed: int, language: bool) -> New:
-    make = build._imported(factory)
+    make = build.imported(factory)
 
     def new() -> nn.Module:
         with refusing(f"{factory} failed"), training.seeded(seed):

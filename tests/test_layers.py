@@ -26,7 +26,7 @@ LAYER = {
     "alignment": 5, "oscillation": 5, "entropy_report": 5, "entropy_view": 5, "grokking": 5, "reading": 5,
     "regulariser": 5, "training": 5, "train_gapt_report": 5, "train_report": 5, "score_report": 5, "agreement": 5,
     "score_summary": 6, "score_view": 6, "train_view": 6, "supervised": 6, "scoring": 6, "score_inputs": 6,
-    "second_split": 6, "second_split_report": 6, "import_report": 7, "second_split_view": 7, "trajectory_recorder": 7,
+    "forgetting": 6, "second_split_report": 6, "import_report": 7, "second_split_view": 7, "trajectory_recorder": 7,
     "train_models": 7, "train_inputs": 8, "score_run": 8, "train_plan": 9, "train_run": 10, "second_split_run": 10,
     "prune_report": 5, "reproduce_report": 5, "reproduce_claims": 5,
     "layer_sums": 6, "gapt_training": 6, "train_gapt_inputs": 6, "train_gapt_view": 6,
@@ -58,7 +58,7 @@ WITHOUT_TORCH = [
     "memdiag.modular", "memdiag.drawing", "memdiag.gapt", "memdiag.train_gapt_report",
     "memdiag.train_gapt_view", "memdiag.reproduce_gapt_view",
     "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report", "memdiag.scores", "memdiag.trajectory",
-    "memdiag.train_report", "memdiag.score_report", "memdiag.score_view",
+    "memdiag.train_report", "memdiag.score_report", "memdiag.score_view", "memdiag.second_split_report",
 ]  # fmt: skip
 
 

@@ -326,13 +326,10 @@ def test_bad_input_is_told_in_one_line(run, fixtures, tmp_path):
             "--reference",
         ),
     ]:
-        try:
+        with pytest.raises(InputError) as caught:
             memdiag.score(source, **options)
-        except InputError as error:
-            assert told in str(error), (source, options)
-        else:
-            pytest.fail(f"nothing was said of {source} {options}")
-    with pytest.raises(InputError, match="nearest|did you mean"):
+        assert told in str(caught.value), (source, options)
+    with pytest.raises(InputError, match="did you mean"):
         memdiag.score(last, score="loss")
 
 

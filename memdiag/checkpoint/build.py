@@ -67,7 +67,7 @@ def factory_model(
     """What the user's factory() returns, holding exactly the given tensors."""
     from torch import nn
 
-    make = _imported(factory)
+    make = imported(factory)
     try:
         model = make()
     except (MemoryError, InputError):
@@ -85,7 +85,7 @@ def factory_model(
     return model
 
 
-def _imported(factory: str) -> Any:
+def imported(factory: str) -> Any:
     module_name, _, attribute = factory.partition(":")
     if not module_name or not attribute:
         raise InputError(f"model {factory!r}: wanted package.module:factory")
