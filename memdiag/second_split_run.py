@@ -35,10 +35,10 @@ from memdiag import supervised, tables, training
 from memdiag.dataset import open_dataset
 from memdiag.entropy_report import parse_columns
 from memdiag.errors import IncompleteError, InputError
+from memdiag.forgetting import first_half, forgetting_time, within_half
 from memdiag.packing import Corpus
 from memdiag.progress import Progress
 from memdiag.score_summary import summary_of
-from memdiag.forgetting import first_half, forgetting_time, within_half
 from memdiag.second_split_report import REPORT, SCORES, SECOND_EPOCHS, VERSION, SecondSplitOptions, row_of
 from memdiag.supervised import Examples, Run, loss_of, of_update
 from memdiag.tables import column

@@ -15,7 +15,8 @@ from memdiag.errors import InputError
 from memdiag.models.mlp import MLP, MlpConfig
 from memdiag.observe import Inputs, coherence
 from memdiag.observe.coherence import Coherence, m_coherence
-from memdiag.observe.gradients import GradientNormer, rows_of
+from memdiag.observe.gradients import GradientNormer
+from memdiag.observe.losses import rows_of
 
 VECTORS = {
     "identical": ([[1, 0]] * 4, 4.0),

@@ -24,7 +24,7 @@ from memdiag.errors import InputError
 from memdiag.models.mlp import MLP, MlpConfig
 from memdiag.observe import Inputs, depth
 from memdiag.observe.depth import NONE, Probes
-from memdiag.observe.gradients import rows_of
+from memdiag.observe.losses import rows_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 

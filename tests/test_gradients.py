@@ -30,8 +30,9 @@ from transformers import (
 
 from memdiag.errors import InputError
 from memdiag.models.mlp import MLP, MlpConfig
-from memdiag.observe import Inputs, gradients
-from memdiag.observe.gradients import GradientNormer, GradientNorms, row_squares
+from memdiag.observe import Inputs, call, gradients, losses
+from memdiag.observe.gradients import GradientNormer, GradientNorms
+from memdiag.observe.losses import row_squares
 
 VOCABULARY, POISON = 40, 7
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -348,7 +349,7 @@ def test_the_last_layer_is_the_one_that_gives_the_logits(name):
     expected = []
     for i in range(inputs.n_examples):
         one = some(inputs, slice(i, i + 1))
-        logits = gradients.call(model, Inputs(one.tokens, one.mask, one.features, None))
+        logits = call(model, Inputs(one.tokens, one.mask, one.features, None))
         loss = F.cross_entropy(logits, one.labels)
         slopes = torch.autograd.grad(loss, list(last.parameters()))
         expected.append(math.sqrt(sum(float(g.double().square().sum()) for g in slopes)))
@@ -423,7 +424,7 @@ def test_attention_is_run_in_a_way_that_vmap_knows(name):
 def test_squares_are_summed_in_float64_piece_by_piece(monkeypatch):
     x = torch.full((3, 1000), 1e-3) + torch.tensor([[1e4], [0.0], [1.0]])
     expected = x.double().square().sum(1)
-    monkeypatch.setattr(gradients, "_CHUNK", 7)
+    monkeypatch.setattr(losses, "_CHUNK", 7)
     torch.testing.assert_close(row_squares(x), expected, rtol=1e-12, atol=0)
 
 
@@ -525,7 +526,7 @@ def test_a_text_of_one_token_has_no_gradient_and_harms_no_other():
     inputs = texts(1, 6, 1, 4)
     found = normer(inputs).whole
     assert np.isnan(found[[0, 2]]).all()
-    alone = [normer(gradients.rows_of(inputs, torch.tensor([i]))).whole[0] for i in (1, 3)]
+    alone = [normer(losses.rows_of(inputs, torch.tensor([i]))).whole[0] for i in (1, 3)]
     np.testing.assert_allclose(found[[1, 3]], alone, rtol=1e-5)
     assert np.isnan(normer(texts(1, 1)).whole).all()
     short = GradientNormer(model, texts(1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from transformers.generation.logits_process import TopKLogitsWarper
 
 from memdiag.errors import InputError
 from memdiag.observe import Inputs, call
-from memdiag.observe.next_tokens import NextTokens, Scorer
+from memdiag.observe.next_tokens import NextTokens, Scorer, _agree
 from memdiag.training import seeded
 
 VOCABULARY = 97
@@ -387,6 +388,40 @@ def test_bfloat16_models_are_summed_in_float32(family):
     assert np.median(off) <= 1e-5  # most logits are the same bits; some round the other way in another product
     assert off.max() <= 0.1
     assert np.isfinite(found.z[found.scored]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_told_from_a_wrong_scale_and_from_a_single_token_treated_apart(dtype):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 256, generator=g, dtype=torch.float64), torch.randn(20000, 256, generator=g)
+    logits = (hidden.to(dtype).double() @ weight.to(dtype).double().T).to(dtype)
+    assert _agree(hidden.to(dtype) @ weight.to(dtype).T, logits)
+    one = logits.clone()
+    one[3, 7] += float(logits.abs().max()) * (0.1 if dtype == torch.bfloat16 else 1e-3)
+    for other in (logits * 1.01, one, logits.double(), logits[:-1]):
+        assert not _agree(other, logits)
+    forbidden = logits.clone()
+    forbidden[:, 5] = -torch.inf
+    assert _agree(forbidden.clone(), forbidden)
+    assert not _agree(logits, forbidden)
+    assert not _agree(torch.full_like(logits, torch.nan), logits)
+
+
+def test_the_model_without_its_head_is_called_like_the_whole(monkeypatch):
+    model, inputs, calls = model_of("llama"), batch(texts(9, 4)), []
+    forward = type(model.base_model).forward
+
+    @functools.wraps(forward)
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return forward(self, *args, **kwargs)
+
+    scorer = Scorer(model, inputs)
+    monkeypatch.setattr(type(model.base_model), "forward", watched)
+    scorer(inputs)
+    assert len(calls) == 1
+    assert calls[0]["use_cache"] is False
+    assert torch.equal(calls[0]["attention_mask"], inputs.mask.long())
 
 
 # --- invariance -----------------------------------------------------------------------------------------------------

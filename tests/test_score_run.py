@@ -12,12 +12,12 @@ from scipy import stats
 from torch.nn import functional as F
 
 import memdiag
-from memdiag import agreement, observe, score_run, scores, tables, train_report
+from memdiag import agreement, observe, score_inputs, score_job, scores, tables, train_report
 from memdiag.checkpoint import open_checkpoints, save
 from memdiag.errors import InputError
 from memdiag.models.mlp import MLP, MlpConfig
 from memdiag.observe.gradients import GradientNormer
-from memdiag.score_report import KEY, OF_CLASSIFIER, OF_LANGUAGE, ScoreRow
+from memdiag.score_report import KEY, OF_CLASSIFIER, OF_LANGUAGE, ScoreOptions, ScoreRow
 
 DIGITS = "task:digits?split=train&corruption=0.1"
 
@@ -143,7 +143,7 @@ def test_without_a_trajectory_the_checkpoints_stand_in(run, tmp_path):
 def test_tracin_weighs_squared_gradients_with_the_learning_rates_of_the_run(run):
     report = memdiag.score(run, scores="tracin_self,csg,loss_curvature")
     grand = [memdiag.score(run, scores="grand,input_grad_norm", at=c.step).table for c in open_checkpoints(run)]
-    eta = score_run.open_inputs(str(run), score_run.ScoreOptions()).learning_rates()
+    eta = score_inputs.open_inputs(str(run), ScoreOptions()).learning_rates()
     assert len(eta) == len(grand) == 4
     assert (np.diff(eta) <= 0).all()
     squares = np.stack([t["grand"].to_numpy() for t in grand]) ** 2
@@ -167,7 +167,7 @@ def test_ranks_are_oriented_and_run_from_0_to_1(run):
 
 
 def test_more_pieces_and_an_interrupted_run_give_the_same_bytes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(score_run, "PIECE", 64)
+    monkeypatch.setattr(score_job, "PIECE", 64)
     memdiag.score(run, out=tmp_path / "whole.parquet")
     written = []
     real = tables.write
@@ -193,7 +193,7 @@ def test_more_pieces_and_an_interrupted_run_give_the_same_bytes(run, tmp_path, m
 
 def test_pieces_do_not_change_rows(run, monkeypatch, assert_same_rows):
     whole = memdiag.score(run).table.to_pylist()
-    monkeypatch.setattr(score_run, "PIECE", 50)
+    monkeypatch.setattr(score_job, "PIECE", 50)
     assert_same_rows(memdiag.score(run).table.to_pylist(), whole, rel=1e-4, abs=1e-5)
 
 

@@ -20,8 +20,8 @@ from memdiag import (
     tables,
     training,
 )
-from memdiag.progress import Progress
 from memdiag.forgetting import first_half, forgetting_time, within_half
+from memdiag.progress import Progress
 from memdiag.second_split_report import SCORES, SecondSplitOptions, second_split
 
 FACTORY = (

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memdiag.observe import Inputs
-from memdiag.observe.gradients import check_labels, losses, parameters_of, row_squares, rows_of, run, wanting_gradients
+from memdiag.observe.losses import check_labels, losses, parameters_of, row_squares, rows_of, run, wanting_gradients
 from memdiag.observe.probing import evaluating
 
 MOST_BYTES = 2**29  # of the classes' float32 sums; with more, only the overall sum is kept

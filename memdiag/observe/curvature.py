@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memdiag.errors import InputError, one_line
 from memdiag.observe import Inputs
-from memdiag.observe.gradients import check_labels, losses, n_classes_of, rows_of, run
+from memdiag.observe.losses import check_labels, losses, n_classes_of, rows_of, run
 from memdiag.observe.probing import evaluating
 
 Float64 = NDArray[np.float64]

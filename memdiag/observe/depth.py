@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from memdiag.errors import InputError
 from memdiag.observe import Inputs, as_tokens, blocks, layers_of
-from memdiag.observe.gradients import check_labels, rows_of, run
+from memdiag.observe.losses import check_labels, rows_of, run
 from memdiag.observe.probing import evaluating
 
 CHUNK_BYTES = 2**25  # of the float64 distances of some examples to all reference examples

@@ -281,29 +281,29 @@ def _hits(z: Tensor, y: Tensor, highest: Tensor) -> Tensor:
 def _kept(z: Tensor, z_y: Tensor, highest: Tensor, k: int) -> Tensor:
     """Σ e^d (n,) over the logits of z (n, v) that are not below the k-th; infinite if z_y (n, 1) is."""
     k = min(k, z.shape[1])
-    top = _largest(z, min(k + 1, z.shape[1]))
-    kth = top[:, k - 1 : k]
-    kept = (top[:, :k] - highest).exp().sum(1)
-    tied = (top[:, k:] == kth).any(1).nonzero()[:, 0]
-    if len(tied):  # more than k are kept
-        z, kth, highest = z[tied], top[tied, k - 1 : k], highest[tied]
-        kept[tied] = (z - highest).masked_fill_(z < kth, -torch.inf).exp().sum(1)
-    return kept.masked_fill_((z_y < top[:, k - 1 : k])[:, 0], torch.inf)
+    some, rest = _large(z, 2 * k)
+    kth = some.topk(k).values[:, -1:]
+    kept = (some - highest).masked_fill_(some < kth, -torch.inf).exp().sum(1)
+    more = (rest >= kth)[:, 0].nonzero()[:, 0]
+    if len(more):  # so many are tied at rank k that some of them are in the rest
+        kept[more] = (z[more] - highest[more]).masked_fill_(z[more] < kth[more], -torch.inf).exp().sum(1)
+    return kept.masked_fill_((z_y < kth)[:, 0], torch.inf)
 
 
-def _largest(z: Tensor, k: int) -> Tensor:
-    """The k largest values of each row of z (n, v), in descending order (n, k).
+def _large(z: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """Some values of each row of z (n, v), the `n_groups` largest among them, and a bound (n, 1) on all others.
 
-    They are all in the k groups with the largest maxima. With √(k v) groups, far fewer values have to be sorted.
+    The largest are in the groups with the largest maxima. With √(n_groups v) groups, far fewer values than v have to
+    be sorted afterwards.
     """
-    n_groups = math.isqrt(k * z.shape[1])
-    size = z.shape[1] // n_groups
+    of = math.isqrt(n_groups * z.shape[1])
+    size = z.shape[1] // of
     if size < 4:
-        return z.topk(k).values
-    groups = z[:, : n_groups * size].view(len(z), size, n_groups)  # of values that are not side by side
-    best = groups.amax(1).topk(k, sorted=False).indices
-    inside = groups.gather(2, best[:, None].expand(-1, size, -1)).flatten(1)
-    return torch.cat([inside, z[:, n_groups * size :]], 1).topk(k).values
+        return z, torch.full_like(z[:, :1], -torch.inf)
+    groups = z[:, : of * size].view(len(z), size, of)  # each of values that are not side by side
+    best = groups.amax(1).topk(n_groups)
+    inside = groups.gather(2, best.indices[:, None].expand(-1, size, -1)).flatten(1)
+    return torch.cat([inside, z[:, of * size :]], 1), best.values[:, -1:]
 
 
 def _next_tokens(sums: NDArray[np.float64], scored: NDArray[np.bool_], moments: bool, top: bool) -> NextTokens:
