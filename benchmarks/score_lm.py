@@ -154,12 +154,13 @@ def main() -> int:
     print(f"{'way':8} {'':40} {'s':>6} {'time':>6} {'target':>7} {'MiB':>5} {'memory':>7} {'target':>7}")
     failed = False
     for name in WAYS:
-        limits = (f"<= {TIME[name]}", f"<= {most:.0f}") if name in TIME else ("", "")
+        bound = name in TIME and args.dtype == "float32"  # half precision makes the head cheaper, not the sums
+        limits = (f"<= {TIME[name]}", f"<= {most:.0f}") if bound else ("", "")
         print(
             f"{name:8} {MEANING[name]:40} {seconds[name]:6.3f} {found[name]:6.3f} {limits[0]:>7} {memory[name]:5.0f}"
             f" {memory[name] / memory['bare']:7.3f} {limits[1]:>7}"
         )
-        failed |= name in TIME and (found[name] > TIME[name] or memory[name] > most)
+        failed |= bound and (found[name] > TIME[name] or memory[name] > most)
     return int(failed)
 
 

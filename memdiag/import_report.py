@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from memdiag import scores, tables
+from memdiag import scores, tables, trajectory
 from memdiag.errors import InputError, one_line, unknown
-from memdiag.score_report import REPORT, VERSION, rank_column
+from memdiag.score_report import KEY, REPORT, TRUTH, VERSION, rank_column
 from memdiag.score_summary import summary_of
 from memdiag.tables import column
 
@@ -77,6 +77,7 @@ def import_score(
     meta, schema = tables.read_meta(into), tables.read_schema(into)
     if meta["report"] != REPORT:
         raise InputError(f"{into}: is a report of {meta['report']}; wanted one of memdiag score")
+    _check(into, meta, schema)
     if settings.name in schema.names:
         raise InputError(f"{into}: has a column {settings.name!r} already; choose another --as")
     path = Path(file)
@@ -90,6 +91,31 @@ def import_score(
         return tables.read(target)
     by_id, by_row = _read(path, settings)
     return _write(target, into, meta, schema, settings, by_id, by_row, {"file": path.name, "sha256": digest}, identity)
+
+
+def _check(into: Path, meta: dict[str, Any], schema: pa.Schema) -> None:
+    """Refuse a score report that is damaged: without what it should say of itself, or without a column."""
+    names, summary, foreign = meta.get("scores"), meta.get("summary"), meta.get("foreign") or {}
+    figures = summary.get("scores") if isinstance(summary, dict) else None
+    whole = (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and isinstance(figures, dict)
+        and set(figures) <= set(names)
+        and all(isinstance(found, dict) for found in figures.values())
+        and isinstance(foreign, dict)
+        and all(isinstance(found, dict) and found.get("memorized") in ENDS for found in foreign.values())
+        and type(meta.get("seed")) is int
+        and 0 <= meta["seed"] < 2**32
+        and isinstance(meta.get("identity"), dict)
+    )
+    if not whole:
+        raise InputError(f"{into} is damaged: what it says of its scores cannot be read; make it again")
+    wanted = KEY | (TRUTH if "truth" in schema.names else {})
+    for name in names or ():
+        of_ours = name in scores.NAMES
+        wanted[name] = scores.load(name).COLUMN if of_ours else column(pa.float64(), "imported", nullable=True)
+    trajectory.check_columns(into, schema, tables.row_class("ScoreRow", REPORT, VERSION, wanted))
 
 
 def _same_numbers(settings: ImportOptions) -> dict[str, Any]:
@@ -116,16 +142,18 @@ def _write(
     n_ranks = sum(field.endswith("_rank") for field in fields)
     fields[name] = column(pa.float64(), doc, nullable=True)
     row = tables.row_class("ScoreRow", REPORT, VERSION, fields)
+    key = tables.row_class("KeyRow", REPORT, VERSION, KEY)
     matched = 0
 
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal matched
         for table in tables.stream(into):
+            trajectory.check_nulls(into, table, key)
             if by_id is not None:
                 values = np.array([by_id.get(i, np.nan) for i in table["example_id"].to_pylist()], dtype=np.float64)
             else:
                 rows = table["row"].to_numpy()
-                inside = rows < len(by_row)
+                inside = (rows >= 0) & (rows < len(by_row))
                 values = np.where(inside, by_row[np.where(inside, rows, 0)], np.nan)
             matched += int((~np.isnan(values)).sum())
             columns = {n: table[n].combine_chunks() for n in table.column_names} | {name: values}
@@ -197,9 +225,11 @@ def _read(path: Path, settings: ImportOptions) -> tuple[dict[str, float] | None,
 
 
 def _npy(path: Path) -> NDArray[np.float64]:
+    from memdiag.dataset.faults import DAMAGED
+
     try:
         found = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: cannot be read as .npy ({one_line(error, 120)})") from None
     if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "biuf":
         raise InputError(
@@ -221,13 +251,15 @@ def _guess(path: Path, settings: ImportOptions, names: list[str]) -> str:
 def _number(path: Path, row: int, cell: Any) -> float:
     try:
         return float("nan") if cell is None or cell == "" else float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # a whole number of 400 digits
         raise InputError(
             f"{path}: row {row}: {str(cell)[:40]!r} is no number; say with --column which is the score"
         ) from None
 
 
 def _finite(path: Path, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not len(values):
+        raise InputError(f"{path}: has no rows; wanted a number for each example")
     infinite = np.isinf(values)
     if infinite.any():
         raise InputError(f"{path}: row {int(infinite.argmax())} is infinite; leave such rows empty")

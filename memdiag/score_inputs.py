@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from memdiag import scores, tables, trajectory
@@ -19,6 +20,7 @@ from memdiag.dataset import Batch, Dataset, Example, open_dataset
 from memdiag.entropy_report import parse_columns
 from memdiag.errors import InputError
 from memdiag.score_report import ScoreOptions
+from memdiag.train_report import ExampleRow, HistoryRow
 
 log = logging.getLogger("memdiag")
 EXAMPLES, HISTORY = "examples.parquet", "history.parquet"  # of a run of memdiag train
@@ -196,6 +198,9 @@ def _open_trajectory(root: Path, options: ScoreOptions) -> Inputs:
     dataset = None
     run = folder.absolute().parent
     trained = _trained(run) if (run / EXAMPLES).is_file() else None
+    if trained is not None and trained.dataset.get("fingerprint") != told.get("fingerprint"):
+        log.info("%s is of other data than %s: it is left aside", run / EXAMPLES, folder)
+        trained = None
     if options.data is not None:
         dataset = open_dataset(options.data, columns=_roles(options, trained, options.data), limit=options.limit)
         fingerprint = told.get("fingerprint")
@@ -245,15 +250,39 @@ def _trained(run: Path) -> Trained:
     Raises:
         InputError: they are damaged.
     """
-    examples = tables.read(run / EXAMPLES)
+    examples = _read(run / EXAMPLES, ExampleRow)
     table, recorded = examples.table, examples.meta.get("dataset")
-    if examples.meta["report"] != "train.examples" or not isinstance(recorded, dict):
-        raise InputError(f"{run / EXAMPLES}: is no report of memdiag train; move it elsewhere")
+    if not isinstance(recorded, dict):
+        raise InputError(f"{run / EXAMPLES} is damaged: it does not say of which dataset it is; make it again")
     rows = table["row"].to_numpy()
-    labels = None if table["label"].null_count else table["label"].to_numpy()
-    corrupted = None if table["corrupted"].null_count else table["corrupted"].to_numpy()
+    if not len(rows) or not (np.diff(rows, prepend=-1) > 0).all():
+        raise InputError(f"{run / EXAMPLES} is damaged: it has no rows, or they do not ascend; make it again")
+    labels = _all_or_none(run / EXAMPLES, table["label"])
+    corrupted = _all_or_none(run / EXAMPLES, table["corrupted"])
     lr: dict[int, float] = {}
     if (run / HISTORY).is_file():
-        history = tables.read(run / HISTORY).table
+        history = _read(run / HISTORY, HistoryRow).table
         lr = dict(zip(history["step"].to_pylist(), history["lr"].to_pylist()))
+        if not np.isfinite(list(lr.values())).all():
+            raise InputError(f"{run / HISTORY} is damaged: a learning rate is not finite; make it again")
     return Trained(recorded, rows, labels, corrupted, lr)
+
+
+def _read(path: Path, row: type) -> tables.Report:
+    """A report of `memdiag train` with the columns that it should have."""
+    found, wanted = tables.read(path), row.report  # type: ignore[attr-defined]
+    if found.meta["report"] != wanted:
+        raise InputError(f"{path}: is a report of {found.meta['report']}, wanted {wanted}; move it elsewhere")
+    trajectory.check_columns(path, found.table.schema, row)
+    trajectory.check_nulls(path, found.table, row)
+    return found
+
+
+def _all_or_none(path: Path, column: pa.ChunkedArray) -> NDArray[Any] | None:
+    """A column that is known of every row or of none."""
+    if column.null_count == len(column):
+        return None
+    if column.null_count:
+        raise InputError(f"{path} is damaged: a column has gaps; make it again")
+    found: NDArray[Any] = column.to_numpy()
+    return found

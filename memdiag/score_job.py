@@ -39,6 +39,7 @@ class Job:
 
     @property
     def truth(self) -> bool:
+        """Whether the report has a column of that name."""
         return self.inputs.options.truth is not None
 
     @property
@@ -113,7 +114,9 @@ def job_of_trajectory(inputs: Inputs) -> Job:
         for name in scores.NAMES
     }
     names = _chosen(inputs.options, reasons)
-    return Job(inputs, "classifier", names, (), frozenset(), trajectory.GROUP)
+    assert inputs.epochs is not None
+    labelled = next(trajectory.read_chunks(inputs.epochs))["label"] is not None
+    return Job(inputs, "classifier" if labelled else "language model", names, (), frozenset(), trajectory.GROUP)
 
 
 def probe_of(inputs: Inputs, model: nn.Module, n: int = PROBE) -> Batch:
@@ -125,6 +128,7 @@ def probe_of(inputs: Inputs, model: nn.Module, n: int = PROBE) -> Batch:
 
 
 def examples_of(inputs: Inputs, model: nn.Module, keep: Callable[[int], bool] | None = None) -> Iterator[Example]:
+    """The examples to be scored, tokenised for the checkpoint in focus; `keep` says which rows are wanted."""
     return inputs.examples(
         tokenizer=inputs.one.tokenizer(inputs.options.tokenizer),
         max_length=inputs.options.max_length or default_max_length(model),
@@ -134,8 +138,10 @@ def examples_of(inputs: Inputs, model: nn.Module, keep: Callable[[int], bool] | 
 
 
 def pad_of(inputs: Inputs, model: nn.Module) -> int:
+    """The token that stands where there is none."""
     return pad_id(getattr(model, "config", None), inputs.one.tokenizer(inputs.options.tokenizer))
 
 
 def path_of(directory: Path, index: int, piece: int) -> Path:
+    """Where a checkpoint\'s view of a piece is kept."""
     return directory / f"seen-{index:05d}-{piece:05d}.parquet"

@@ -5,7 +5,6 @@ Axes: b example, c checkpoint, e epoch.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator
@@ -73,6 +72,7 @@ def values_of(column: Any) -> Any:
 
 
 def reads_epochs(job: Job) -> bool:
+    """Whether a score is read from the trajectory, if there is one."""
     return any(scores.load(name).NEEDS == "trajectory" for name in job.names)
 
 
@@ -88,7 +88,7 @@ class _Epochs:
         pieces: list[Arrays] = []
         there = np.zeros(len(rows), dtype=bool)
         n_epochs = 1 if self._held is None else len(self._held["logsumexp"])
-        while self._held is not None:
+        while self._held is not None and len(rows):
             wanted = np.isin(self._held["row"], rows)
             if wanted.any():
                 pieces.append({name: self._held[name][:, wanted] for name in SERIES})
@@ -122,10 +122,14 @@ def _of_trajectory(job: Job) -> Iterator[dict[str, Any]]:
             "row": chunk["row"][keep],
             "example_id": list(itertools.compress(chunk["example_id"], keep)),
         }
-        if "label" in {field.name for field in dataclasses.fields(job.row(ranked=False))}:
-            columns["label"] = np.zeros(0) if chunk["label"] is None else chunk["label"][keep]
+        if chunk["label"] is not None:
+            columns["label"] = chunk["label"][keep]
         if truth is not None:
-            columns["truth"] = np.array([truth.get(int(row), False) for row in columns["row"]])
+            unknown = [row for row in columns["row"].tolist() if row not in truth]
+            if unknown:
+                told = f"row {unknown[0]} of the trajectory is not among the examples that --truth is known of"
+                raise InputError(f"{job.inputs.epochs}: {told}; give the data that was trained on with --data")
+            columns["truth"] = np.array([truth[row] for row in columns["row"].tolist()], dtype=bool)
         yield columns | scoring.scores_of(job.names, arrays)
 
 

@@ -205,6 +205,7 @@ def read_chunks(directory: str | Path, chunk_rows: int = GROUP) -> Iterator[dict
         raise InputError(f"chunk_rows is {chunk_rows}; wanted at least 1")
     with ExitStack() as stack:
         streams = [_batches(path, chunk_rows, stack) for path in paths]
+        last = -1
         while True:
             parts = [next(stream, None) for stream in streams]
             first = parts[0]
@@ -215,6 +216,12 @@ def read_chunks(directory: str | Path, chunk_rows: int = GROUP) -> Iterator[dict
                     )
             if first is None:
                 return
+            rows = first["row"].to_numpy()
+            if not (np.diff(rows, prepend=last) > 0).all():
+                raise InputError(f"{paths[0]} is damaged: its rows do not ascend; make it again")
+            if 0 < first["label"].null_count < len(rows):
+                raise InputError(f"{paths[0]} is damaged: column label has gaps; make it again")
+            last = rows[-1]
             yield _side_by_side([part for part in parts if part is not None])
 
 
@@ -222,9 +229,27 @@ def _batches(path: Path, chunk_rows: int, stack: ExitStack) -> Iterator[pa.Recor
     names = [name for name in tables.schema_of(TrajectoryRow).names if name != "epoch"]
     try:
         file = pq.ParquetFile(stack.enter_context(pa.OSFile(str(path))))
-        yield from file.iter_batches(batch_size=chunk_rows, columns=names)
+        check_columns(path, file.schema_arrow, TrajectoryRow)
+        for batch in file.iter_batches(batch_size=chunk_rows, columns=names):
+            check_nulls(path, batch, TrajectoryRow)
+            yield batch
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {one_line(error, 120)}; make it again") from None
+
+
+def check_columns(path: Path, found: pa.Schema, row: type) -> None:
+    """Raises InputError: a report that was read lacks one of the columns of its rows, or holds another type there."""
+    for field in tables.schema_of(row):
+        at = found.get_field_index(field.name)  # -1 also where there are two
+        if at < 0 or found.field(at).type != field.type:
+            raise InputError(f"{path} is damaged: it has no column {field.name} of {field.type}; make it again")
+
+
+def check_nulls(path: Path, found: pa.Table | pa.RecordBatch, row: type) -> None:
+    """Raises InputError: a column that was read has a gap where there may be none."""
+    for field in tables.schema_of(row):
+        if not field.nullable and field.name in found.schema.names and found[field.name].null_count:
+            raise InputError(f"{path} is damaged: column {field.name} has gaps; make it again")
 
 
 def _same_rows(a: pa.RecordBatch | None, b: pa.RecordBatch | None) -> bool:

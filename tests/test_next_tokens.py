@@ -222,6 +222,16 @@ def test_top_k_is_what_the_sampler_of_transformers_keeps(vocabulary, k):
     assert k >= vocabulary or (kept.isfinite().sum(1) > k).any()  # there are ties at rank k
 
 
+def test_leaving_tokens_out_makes_none_of_the_others_less_likely():
+    table = torch.randn(64, 4001, generator=torch.Generator().manual_seed(0)) * 14
+    rows = [[i, int(table[i].argmax())] for i in range(64)]
+    for k in (1, 40, 100, 4000, 4001):
+        found = score(Bigram(table), batch(rows), top_k=k)
+        assert (found.logp_top >= found.logp).all()  # exactly, where the sums are the same but for rounding
+        assert (found.logp_top <= 0).all()
+    np.testing.assert_allclose(found.logp_top, found.logp, atol=1e-6)
+
+
 def test_top_k_where_it_is_asked_for_is_what_it_is_everywhere():
     model, inputs = model_of("gpt2"), batch(texts(9, 4, 12))
     scorer = Scorer(model, inputs, top_k=20)
@@ -364,7 +374,7 @@ def test_a_model_whose_head_is_not_understood_is_read_from_its_own_logits(kind, 
         assert off[np.isfinite(off)].max() <= 0.05  # bfloat16 in batches of other widths
 
 
-def test_a_fallback_in_pieces_of_rows_is_that_of_the_whole_batch(monkeypatch):
+def test_a_fallback_in_pieces_of_rows_is_that_of_the_whole_batch():
     model, inputs = model_of("llama", kind=Scaled), batch(texts(9, 1, 4, 12, 2, 1, 8))
     scorer = Scorer(model, inputs, moments=True)
     whole = scorer(inputs)
@@ -526,6 +536,14 @@ def test_no_gradient_is_kept():
     assert torch.is_grad_enabled()
     assert not scorer._head.room.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_scorer_made_in_inference_mode_works_outside_of_it():
+    model, inputs = model_of("gpt2"), batch(texts(5, 3))
+    with torch.inference_mode():
+        scorer = Scorer(model, inputs, moments=True, top_k=5)
+        inside = scorer(inputs)
+    assert_same(scorer(inputs), inside)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

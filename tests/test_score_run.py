@@ -298,6 +298,21 @@ def test_language_scores_do_not_depend_on_the_batch(fixtures, assert_same_rows):
     assert_same_rows(a, memdiag.score(fixtures / "tiny-gpt2", **how).table.to_pylist(), rel=1e-4, abs=1e-5)
 
 
+def test_a_run_of_a_language_model_has_both_kinds_of_scores_and_its_trajectory_alone_one(tmp_path):
+    texts = [f"{i} a few words of text {i * i}" for i in range(24)]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    train_report.train(tmp_path / "t.jsonl", out=tmp_path / "run", epochs=2)
+    both = memdiag.score(tmp_path / "run", prefix_tokens=4, suffix_tokens=4)
+    assert {"nll_mean", "tracin_self", "csl", "aum", "gradnorm"} <= set(both.table.column_names)
+    alone = memdiag.score(tmp_path / "run" / "trajectory")
+    assert "label" not in alone.table.column_names
+    assert alone.meta["kind"] == "language model"
+    assert both.table["csl"].equals(alone.table["csl"])
+    seen = [pq.read_table(tmp_path / "run" / "trajectory" / f"epoch=000{e}.parquet") for e in (0, 1)]
+    by_hand = sum(t["logsumexp"].to_numpy().astype(float) - t["label_logit"].to_numpy().astype(float) for t in seen)
+    np.testing.assert_allclose(alone.table["csl"].to_numpy(), by_hand, rtol=1e-5)
+
+
 # -- what is wrong with the input ----------------------------------------------------------------------------------
 
 

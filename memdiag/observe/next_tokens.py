@@ -46,7 +46,7 @@ class NextTokens:
     hit: NDArray[np.bool_]  # (b, t) x_t is the argmax, of tied ones the lowest token id; False outside `scored`
     scored: NDArray[np.bool_]  # (b, t) real tokens but the first of each example
     z: NDArray[np.float64] | None  # (b, t) (log p − μ) / σ; NaN outside `scored`
-    logp_top: NDArray[np.float64] | None  # (b, t) log q(x_t), −inf below the k-th logit; NaN where not asked for
+    logp_top: NDArray[np.float64] | None  # (b, t) log q(x_t) ≥ log p, −inf below the k-th logit; NaN if not asked for
 
 
 class Scorer:
@@ -204,7 +204,8 @@ class _Head:
         """Into the same memory every time: on a CPU fresh pages would take as long as the sums."""
         weight, bias = layer.weight, layer.bias
         if self.room is None:
-            self.room = hidden.new_empty((self.most, len(weight)))
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                self.room = hidden.new_empty((self.most, len(weight)))
         out = self.room[: len(hidden)]
         return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
 
@@ -315,6 +316,7 @@ def _next_tokens(sums: NDArray[np.float64], scored: NDArray[np.bool_], moments: 
         return full
 
     d, hit, s0, s1, s2, kept = sums.T
+    kept = np.where(np.isinf(kept), kept, np.minimum(kept, s0))  # two sums of the same terms, rounded their own way
     with np.errstate(invalid="ignore"):  # NaN logits
         mu, variance = s1 / s0, s2 / s0 - (s1 / s0) ** 2
         z = (d - mu) / np.sqrt(np.maximum(variance, LOWEST_VARIANCE))  # log p − μ: both have ln Σ e^d in them
