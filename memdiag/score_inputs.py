@@ -61,7 +61,7 @@ class Inputs:
         return self.checkpoints[self.focus]
 
     def learning_rates(self) -> NDArray[np.float64] | None:
-        """(c,) of each checkpoint's next update; None where they are not known."""
+        """(c,) of the last update before each checkpoint; None where they are not known."""
         if self.trained is None or any(c.step is None for c in self.checkpoints):
             return None
         known = self.trained.lr

@@ -69,6 +69,10 @@ def test_spearman_is_scipys_and_leaves_out_gaps():
     a[:10] = np.nan
     assert spearman(a, b).value == pytest.approx(stats.spearmanr(a[10:], b[10:]).statistic, abs=1e-12)
     assert spearman(a, b).n == 40
+    found = spearman(a, b)
+    half = 1.959963985 * math.sqrt((1 + found.value**2 / 2) / 37)
+    assert found.hi == pytest.approx(math.tanh(math.atanh(found.value) + half), rel=1e-9)
+    assert found.lo == pytest.approx(math.tanh(math.atanh(found.value) - half), rel=1e-9)
     assert spearman(np.ones(5), np.arange(5.0)).value is None
     assert spearman(np.arange(5.0), np.exp(np.arange(5.0))).value == pytest.approx(1)
     assert spearman(np.array([1.0]), np.array([1.0])).value is None

@@ -106,7 +106,7 @@ def test_strange_values_of_options(run, made, tmp_path, command, known, cases):
     }
     seen = []
     for seed in range(cases * SEEDS):
-        rng = random.Random(f"{command} {seed} z")
+        rng = random.Random(f"{command} {seed}")
         (folder := tmp_path / f"case-{seed}").mkdir()
         given = options(rng, known)
         seen.append(judge(run, folder / "out", [*begins[command], *given], f"{command} {seed} {given}"))
@@ -222,7 +222,7 @@ def damage_run(run_, rng, made):
 def test_damaged_runs(run, made, tmp_path):
     seen = []
     for seed in range(60 * SEEDS):
-        rng = random.Random(seed + 10000)
+        rng = random.Random(seed)
         folder = tmp_path / f"case-{seed}"
         (folder / "o").mkdir(parents=True)
         shutil.copytree(made / "run", folder / "run")
@@ -241,7 +241,7 @@ def test_damaged_runs(run, made, tmp_path):
 def test_damaged_score_reports_and_foreign_scores(run, made, tmp_path):
     seen = []
     for seed in range(50 * SEEDS):
-        rng = random.Random(seed + 10000)
+        rng = random.Random(seed)
         folder = tmp_path / f"case-{seed}"
         (folder / "o").mkdir(parents=True)
         name = rng.choice(["f.csv", "f.jsonl", "f.parquet", "f.npy", "f.npz"])

@@ -126,6 +126,20 @@ def test_a_trajectory_and_its_run_give_the_same(run):
     assert a.meta["trajectory"] == "at presentation time"
 
 
+def test_examples_that_were_not_trained_on_have_no_dynamics(tmp_path):
+    data = "task:digits?split=train"
+    train_report.train(data, out=tmp_path / "run", epochs=2, test_fraction=0.3, limit=80, width=8)
+    trained = pq.read_table(tmp_path / "run" / "examples.parquet")["row"].to_pylist()
+    assert trained != list(range(len(trained)))
+    own = memdiag.score(tmp_path / "run", scores="csl,loss")
+    assert own.table["row"].to_pylist() == trained
+    every = memdiag.score(tmp_path / "run", data=data, limit=80, scores="csl,loss")
+    assert every.table["row"].to_pylist() == list(range(80))
+    assert [row for row, csl in enumerate(every.table["csl"].to_pylist()) if csl is not None] == trained
+    assert every.table.take(trained)["csl"].combine_chunks().equals(own.table["csl"].combine_chunks())
+    assert every.table["loss"].null_count == 0
+
+
 def test_without_a_trajectory_the_checkpoints_stand_in(run, tmp_path):
     for step in (5, 10, 15):
         checkpoint = next(c for c in open_checkpoints(run) if c.step and c.step >= step - 1)
@@ -145,7 +159,8 @@ def test_tracin_weighs_squared_gradients_with_the_learning_rates_of_the_run(run)
     grand = [memdiag.score(run, scores="grand,input_grad_norm", at=c.step).table for c in open_checkpoints(run)]
     eta = score_inputs.open_inputs(str(run), ScoreOptions()).learning_rates()
     assert len(eta) == len(grand) == 4
-    assert (np.diff(eta) <= 0).all()
+    lr = pq.read_table(run / "history.parquet")["lr"].to_pylist()
+    assert eta.tolist() == [lr[0], *lr]  # of the last update before it; the initial weights have none
     squares = np.stack([t["grand"].to_numpy() for t in grand]) ** 2
     np.testing.assert_allclose(report.table["tracin_self"].to_numpy(), eta @ squares, rtol=1e-6)
     inputs = np.stack([t["input_grad_norm"].to_numpy() for t in grand]) ** 2
@@ -247,6 +262,7 @@ def test_language_scores_are_what_the_models_own_logits_say(fixtures, name):
     checkpoint = bare(fixtures, name)
     model, tokenizer = checkpoint.load(dtype="float32"), checkpoint.tokenizer()
     texts = [json.loads(line)["text"] for line in (fixtures / "texts.jsonl").read_text().splitlines()]
+    assert report.table["row"].to_pylist() == list(range(len(texts)))  # though batches are made by length
     for i in range(0, len(texts), 3):
         ids = torch.tensor(tokenizer(texts[i])["input_ids"])[None]
         with torch.no_grad():
