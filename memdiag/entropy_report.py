@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +17,7 @@ import pyarrow as pa
 
 from memdiag import tables
 from memdiag.errors import InputError, unknown
+from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.tables import column
 
@@ -277,15 +276,7 @@ def entropy(
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished; the same call goes on from the last finished checkpoint.
     """
-    known = {field.name for field in dataclasses.fields(EntropyOptions)}
-    for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
-    if isinstance(options.get("columns"), Mapping):
-        options["columns"] = ",".join(f"{role}={name}" for role, name in options["columns"].items())
-    if "batch_size" in options:
-        options["batch_size"] = str(options["batch_size"])
-    settings = EntropyOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(EntropyOptions, options)
     if out is not None:
         return measure(checkpoint, settings, out=Path(out), force=force, progress=progress)
     with tempfile.TemporaryDirectory() as directory:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from memdiag import scores, tables, trajectory
 from memdiag.errors import InputError, one_line, unknown
+from memdiag.keywords import options_from
 from memdiag.score_report import KEY, REPORT, TRUTH, VERSION, rank_column
 from memdiag.score_summary import summary_of
 from memdiag.tables import column
@@ -67,11 +67,7 @@ def import_score(
     Raises:
         InputError: a file is at fault, or no example is in both.
     """
-    known = {field.name for field in dataclasses.fields(ImportOptions)}
-    for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
-    settings = ImportOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(ImportOptions, options)
     into = Path(settings.into)
     target = Path(out) if out is not None else into.with_name(f"{into.stem}.with-{settings.name}.parquet")
     meta, schema = tables.read_meta(into), tables.read_schema(into)

@@ -7,9 +7,7 @@ Importing this module does not import torch, so that `memdiag schema` need not w
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +16,7 @@ import pyarrow as pa
 
 from memdiag import tables
 from memdiag.errors import InputError, one_line, unknown
+from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.tables import column
 
@@ -342,17 +341,7 @@ def prune_memorizers(
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished; the same call goes on after the last finished network.
     """
-    known = {field.name for field in dataclasses.fields(PruneOptions)}
-    for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
-    if isinstance(options.get("columns"), Mapping):
-        options["columns"] = ",".join(f"{role}={name}" for role, name in options["columns"].items())
-    if "seeds" in options and not isinstance(options["seeds"], str | None):
-        options["seeds"] = ",".join(str(seed) for seed in options["seeds"])
-    if "batch_size" in options:
-        options["batch_size"] = str(options["batch_size"])
-    settings = PruneOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(PruneOptions, options)
     given = None if checkpoint is None else str(checkpoint)
     if out is not None:
         return measure(given, settings, out=Path(out), force=force, progress=progress)

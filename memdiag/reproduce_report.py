@@ -7,7 +7,6 @@ each paper. Importing this module does not import torch, so that `memdiag schema
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from memdiag import tables
 from memdiag.errors import InputError, unknown
+from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.tables import column
 
@@ -299,14 +299,7 @@ def reproduce(
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished; the same call goes on after the last finished network.
     """
-    known = {field.name for field in dataclasses.fields(ReproduceOptions)}
-    for option in options:
-        if option not in known:
-            raise unknown("option", option, known)
-    for option in ("seeds", "only"):
-        if not isinstance(options.get(option), str | None):
-            options[option] = ",".join(str(value) for value in options[option])
-    settings = ReproduceOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(ReproduceOptions, options)
     if out is not None:
         return measure(name, settings, out=Path(out), force=force, progress=progress)
     with tempfile.TemporaryDirectory() as directory:

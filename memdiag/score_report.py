@@ -7,9 +7,7 @@ The options, the columns, and the way from a checkpoint, a run or a trajectory t
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pyarrow as pa
 
 from memdiag import scores, tables
 from memdiag.errors import InputError, unknown
+from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.tables import column
 
@@ -150,17 +149,7 @@ def score(
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished; the same call goes on from the last finished piece.
     """
-    known = {field.name for field in dataclasses.fields(ScoreOptions)}
-    for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
-    if isinstance(options.get("columns"), Mapping):
-        options["columns"] = ",".join(f"{role}={name}" for role, name in options["columns"].items())
-    if not isinstance(options.get("scores"), str | None):
-        options["scores"] = ",".join(options["scores"])
-    if "batch_size" in options:
-        options["batch_size"] = str(options["batch_size"])
-    settings = ScoreOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(ScoreOptions, options)
     if out is not None:
         return measure(source, settings, out=Path(out), force=force, progress=progress)
     with tempfile.TemporaryDirectory() as directory:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from memdiag import tables
-from memdiag.errors import InputError, unknown
+from memdiag.errors import InputError
+from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.score_report import KEY, OF_CLASSIFIER, TRUTH
 from memdiag.tables import column
@@ -166,18 +165,8 @@ def second_split(
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished; the same call goes on from the last finished network.
     """
-    known = {field.name for field in dataclasses.fields(SecondSplitOptions)}
-    for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
-    if isinstance(options.get("columns"), Mapping):
-        options["columns"] = ",".join(f"{role}={name}" for role, name in options["columns"].items())
-    if not isinstance(options.get("seeds", ""), str):
-        options["seeds"] = ",".join(str(seed) for seed in options["seeds"])
-    if "batch_size" in options:
-        options["batch_size"] = str(options["batch_size"])
     options["data"] = data
-    settings = SecondSplitOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(SecondSplitOptions, options)
     if out is not None:
         return measure(settings, out=Path(out), force=force, progress=progress)
     with tempfile.TemporaryDirectory() as directory:

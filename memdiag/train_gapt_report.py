@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +17,7 @@ import pyarrow as pa
 
 from memdiag import gapt, tables
 from memdiag.errors import InputError, unknown
+from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.tables import column
 
@@ -263,15 +262,7 @@ def train_gapt(
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished: no space is left, or the loss is not a number any more.
     """
-    known = {field.name for field in dataclasses.fields(TrainGaptOptions)}
-    for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
-    if isinstance(options.get("columns"), Mapping):
-        options["columns"] = ",".join(f"{role}={name}" for role, name in options["columns"].items())
-    if not isinstance(options.get("seeds"), str | None):
-        options["seeds"] = ",".join(str(seed) for seed in options["seeds"])
-    settings = TrainGaptOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(TrainGaptOptions, options)
     given = None if checkpoint is None else str(checkpoint)
     if out is not None:
         return measure(given, settings, out=Path(out), force=force, progress=progress)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +18,7 @@ import pyarrow as pa
 
 from memdiag import tables
 from memdiag.errors import InputError, unknown
+from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.tables import column
 
@@ -210,14 +209,8 @@ def train(
         InputError: the inputs are at fault.
         IncompleteError: it could not be finished: no space is left, or the loss is not a number any more.
     """
-    known = {field.name for field in dataclasses.fields(TrainOptions)}
-    for name in options:
-        if name not in known:
-            raise unknown("option", name, known)
-    if isinstance(options.get("columns"), Mapping):
-        options["columns"] = ",".join(f"{role}={name}" for role, name in options["columns"].items())
     options["data"] = data
-    settings = TrainOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()})
+    settings = options_from(TrainOptions, options)
     if out is not None:
         return measure(settings, out=Path(out), force=force, progress=progress)
     with tempfile.TemporaryDirectory() as directory:
