@@ -25,6 +25,8 @@ from memdiag.tables import column
 ARCHS = ("mlp", "cnn", "transformer")
 SCHEDULES, OPTIMIZERS = ("cosine", "linear", "constant"), ("sgd", "adamw")
 DTYPES = ("auto", "float32", "bfloat16")
+MOST = 10**9  # of whole numbers but the limit, and of rates: beyond it 32-bit arithmetic overflows
+DEEPEST = 1000
 DEFAULT_CONFIG = "gpt2-tiny"
 
 
@@ -130,15 +132,20 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("epochs", "batch_size", "save_every", "warmup", "width", "depth"):
+            most = DEEPEST if name == "depth" else MOST
+            if (getattr(self, name) or 0) > most:
+                raise InputError(f"--{name.replace('_', '-')} must be at most {most}, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 2:
             raise InputError(f"--max-length must be at least 2, got {self.max_length}")
         if self.warmup is not None and self.warmup < 0:
             raise InputError(f"--warmup must be at least 0, got {self.warmup}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(f"--lr must be a finite number above 0, got {self.lr}")
-        for name in ("weight_decay", "clip"):
-            if not 0 <= (getattr(self, name) or 0.0) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} must be a finite number >= 0, got {getattr(self, name)}")
+        if self.lr is not None and not 0 < self.lr <= MOST:
+            raise InputError(f"--lr must be a number above 0 and at most {MOST}, got {self.lr}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay <= MOST:
+            raise InputError(f"--weight-decay must be a number from 0 to {MOST}, got {self.weight_decay}")
+        if self.clip is not None and not 0 <= self.clip < math.inf:
+            raise InputError(f"--clip must be a finite number >= 0, got {self.clip}")
         if not 0 <= self.corruption <= 1:
             raise InputError(f"--corruption is a share of the labels, 0 to 1; got {self.corruption}")
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:
