@@ -87,6 +87,16 @@ def test_mean_says_how_sure_it_is_and_nothing_of_one_example():
     assert mean(np.array([1.0, 2.0, 3.0]), seed=4) == mean(np.array([1.0, 2.0, 3.0]), seed=4)
 
 
+def test_the_mean_of_many_has_the_interval_that_the_bootstrap_comes_to(monkeypatch):
+    values = np.random.default_rng(5).exponential(size=4000)
+    boot = mean(values)
+    monkeypatch.setattr(agreement, "MOST_RESAMPLED", 100)
+    normal = mean(values)
+    assert normal.value == boot.value
+    assert normal.hi - normal.lo == pytest.approx(boot.hi - boot.lo, rel=0.1)
+    assert normal.hi - normal.value == pytest.approx(1.959963985 * values.std(ddof=1) / math.sqrt(4000), rel=1e-9)
+
+
 def test_found_in_top_by_hand_and_with_ties():
     truth = np.array([True, True, False, False, False])
     assert found_in_top(np.array([5.0, 1.0, 4.0, 0.0, 0.0]), truth).value == 0.5
