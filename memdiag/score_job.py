@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from torch import nn
 
-from memdiag import scores, scoring, tables, trajectory
+from memdiag import observe, scores, scoring, tables, trajectory
 from memdiag.checkpoint import pad_id
 from memdiag.dataset import Batch, Example, batches
 from memdiag.errors import InputError
@@ -128,7 +128,14 @@ def probe_of(inputs: Inputs, model: nn.Module, n: int = PROBE) -> Batch:
 
 
 def examples_of(inputs: Inputs, model: nn.Module, keep: Callable[[int], bool] | None = None) -> Iterator[Example]:
-    """The examples to be scored, tokenised for the checkpoint in focus; `keep` says which rows are wanted."""
+    """The examples to be scored, tokenised for the checkpoint in focus; `keep` says which rows are wanted.
+
+    Raises:
+        InputError: longer ones are asked for than the model can read.
+    """
+    stated, asked = getattr(observe.text_config(model), "max_position_embeddings", None), inputs.options.max_length
+    if isinstance(stated, int) and asked is not None and asked > stated:
+        raise InputError(f"--max-length {asked} is more than the {stated} positions of this model")
     return inputs.examples(
         tokenizer=inputs.one.tokenizer(inputs.options.tokenizer),
         max_length=inputs.options.max_length or default_max_length(model),

@@ -7,6 +7,7 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from memdiag.keywords import options_from
 from memdiag.progress import Progress
 from memdiag.score_report import KEY, OF_CLASSIFIER, TRUTH
 from memdiag.tables import column
-from memdiag.train_report import MOST, TrainOptions
+from memdiag.train_report import HIGHEST, MOST, TrainOptions
 
 REPORT, VERSION = "score.second-split", 1
 EPOCHS, SECOND_EPOCHS = 60, 20
@@ -88,10 +89,13 @@ class SecondSplitOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.second_epochs is not None and not 1 <= self.second_epochs <= MOST:
-            raise InputError(f"--second-epochs must be from 1 to {MOST}, got {self.second_epochs}")
-        if self.second_lr is not None and not 0 < self.second_lr <= MOST:
-            raise InputError(f"--second-lr must be a number above 0 and at most {MOST}, got {self.second_lr}")
+        if self.second_epochs is not None and self.second_epochs < 1:
+            raise InputError(f"--second-epochs must be at least 1, got {self.second_epochs}")
+        if self.second_lr is not None and not 0 < self.second_lr < math.inf:
+            raise InputError(f"--second-lr must be a finite number above 0, got {self.second_lr}")
+        for name, most in (("second_epochs", MOST), ("second_lr", HIGHEST)):
+            if (getattr(self, name) or 0) > most:
+                raise InputError(f"--{name.replace('_', '-')} must be at most {most:g}, got {getattr(self, name)}")
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size) > 0):
             raise InputError(f"--batch-size must be auto or a number of examples above 0, got {self.batch_size!r}")
         if not 0 <= self.seed < 2**32:

@@ -25,8 +25,8 @@ from memdiag.tables import column
 ARCHS = ("mlp", "cnn", "transformer")
 SCHEDULES, OPTIMIZERS = ("cosine", "linear", "constant"), ("sgd", "adamw")
 DTYPES = ("auto", "float32", "bfloat16")
-MOST = 10**9  # of whole numbers but the limit, and of rates: beyond it 32-bit arithmetic overflows
-DEEPEST = 1000
+MOST, DEEPEST = 10**9, 1000  # of whole numbers but the limit; hidden layers
+HIGHEST = 1e30  # of rates: beyond 3e38 torch cannot multiply float32 by them
 DEFAULT_CONFIG = "gpt2-tiny"
 
 
@@ -140,12 +140,14 @@ class TrainOptions:
             raise InputError(f"--max-length must be at least 2, got {self.max_length}")
         if self.warmup is not None and self.warmup < 0:
             raise InputError(f"--warmup must be at least 0, got {self.warmup}")
-        if self.lr is not None and not 0 < self.lr <= MOST:
-            raise InputError(f"--lr must be a number above 0 and at most {MOST}, got {self.lr}")
-        if self.weight_decay is not None and not 0 <= self.weight_decay <= MOST:
-            raise InputError(f"--weight-decay must be a number from 0 to {MOST}, got {self.weight_decay}")
-        if self.clip is not None and not 0 <= self.clip < math.inf:
-            raise InputError(f"--clip must be a finite number >= 0, got {self.clip}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"--lr must be a finite number above 0, got {self.lr}")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= (getattr(self, name) or 0.0) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be a finite number >= 0, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay"):
+            if (getattr(self, name) or 0.0) > HIGHEST:
+                raise InputError(f"--{name.replace('_', '-')} must be at most {HIGHEST:g}, got {getattr(self, name)}")
         if not 0 <= self.corruption <= 1:
             raise InputError(f"--corruption is a share of the labels, 0 to 1; got {self.corruption}")
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:

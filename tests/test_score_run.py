@@ -349,6 +349,7 @@ def test_bad_input_is_told_in_one_line(run, fixtures, tmp_path):
         (last, {"scores": "los"}, "did you mean 'loss'"),
         (run, {"at": 7}, "the nearest is"),
         (run / "trajectory", {"data": "task:digits"}, "fingerprints"),
+        (fixtures / "tiny-gpt2", {"data": fixtures / "texts.jsonl", "max_length": 9999}, "positions of this model"),
         (run / "trajectory", {"scores": "grand"}, "this is a trajectory"),
         (tmp_path, {}, "not a checkpoint"),
         (
