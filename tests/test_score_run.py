@@ -308,6 +308,18 @@ def test_a_text_of_one_token_has_no_score_and_stops_nothing(fixtures, tmp_path):
     assert alone.table.num_rows == 1
 
 
+def test_a_text_as_long_as_prefix_and_suffix_has_a_suffix_and_one_token_less_has_none(fixtures, tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [5, 6, 7, 8, 9]}\n{"input_ids": [5, 6, 7, 8]}\n')
+    how = {"data": tmp_path / "ids.jsonl", "prefix_tokens": 3, "suffix_tokens": 2}
+    report = memdiag.score(fixtures / "tiny-gpt2", scores="suffix_nll_mean,nll_sum", **how)
+    assert report.table["n_suffix"].to_pylist() == [2, 0]
+    assert report.table["suffix_nll_mean"][1].as_py() is None
+    with torch.no_grad():
+        logp = bare(fixtures).load()(torch.tensor([[5, 6, 7, 8, 9]])).logits[0].double().log_softmax(-1)
+    by_hand = -(float(logp[2, 8]) + float(logp[3, 9])) / 2
+    assert report.table["suffix_nll_mean"][0].as_py() == pytest.approx(by_hand, rel=1e-5)
+
+
 def test_language_scores_do_not_depend_on_the_batch(fixtures, assert_same_rows):
     how = {"data": fixtures / "texts.jsonl", "prefix_tokens": 8, "suffix_tokens": 8}
     a = memdiag.score(fixtures / "tiny-gpt2", batch_size=1, **how).table.to_pylist()
