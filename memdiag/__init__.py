@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from memdiag.errors import IncompleteError, InputError
 
 if TYPE_CHECKING:
+    from memdiag.counterfactual_report import Counterfactual, counterfactual, merge_counterfactual
     from memdiag.entropy_report import entropy
     from memdiag.import_report import import_score
     from memdiag.prune_report import Pruned, prune_memorizers
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Counterfactual",
     "Gapt",
     "IncompleteError",
     "InputError",
@@ -41,8 +43,10 @@ __all__ = [
     "TrainedGapt",
     "TrajectoryRecorder",
     "__version__",
+    "counterfactual",
     "entropy",
     "import_score",
+    "merge_counterfactual",
     "prune_memorizers",
     "read",
     "reproduce",
@@ -53,6 +57,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "Counterfactual": "memdiag.counterfactual_report",
+    "counterfactual": "memdiag.counterfactual_report",
+    "merge_counterfactual": "memdiag.counterfactual_report",
     "Gapt": "memdiag.regulariser",
     "entropy": "memdiag.entropy_report",
     "import_score": "memdiag.import_report",

@@ -43,7 +43,6 @@ from memdiag.second_split_report import REPORT, SCORES, SECOND_EPOCHS, VERSION, 
 from memdiag.supervised import Examples, Run, loss_of, of_update
 from memdiag.tables import column
 from memdiag.train_inputs import Inputs, open_inputs
-from memdiag.train_models import fitting_model, given_model
 from memdiag.train_plan import recipe_of
 from memdiag.training import Diverged, Recipe
 
@@ -104,7 +103,7 @@ def run(options: SecondSplitOptions, out: Path, *, force: bool, progress: Progre
         "report": REPORT,
         "schema_version": VERSION,
         "options": options.identity(),
-        **inputs.identity(inputs.new()),
+        **inputs.identity(inputs.new(options.seed)),
     }
     if tables.check_place(out, lambda: identity, force=force):
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
@@ -141,15 +140,6 @@ def _open(options: SecondSplitOptions) -> Inputs:
     if len(inputs.examples) < 2:
         raise InputError(f"{dataset.name}: has {len(inputs.examples)} example; two halves need at least 2")
     return inputs
-
-
-def model_of(inputs: Inputs, seed: int) -> nn.Module:
-    """The network of a seed before any update."""
-    options = dataclasses.replace(inputs.options, seed=seed)
-    if options.model is not None:
-        return given_model(options, language=False)[2]()
-    n_tokens = (inputs.config or {}).get("tokens")
-    return fitting_model(inputs.train.name, inputs.examples, options, n_tokens)[2]()
 
 
 def stages_of(inputs: Inputs, options: SecondSplitOptions, seed: int, direction: int) -> tuple[Stage, Stage]:
@@ -197,7 +187,7 @@ def _train_all(inputs: Inputs, options: SecondSplitOptions, parts: tables.Parts,
         stages = stages_of(inputs, options, seed, direction)
         progress.start(f"network {i} of {len(of_all)}", sum(s.recipe.steps for s in stages), unit="updates")
         try:
-            columns, network = two_stages(inputs, model_of(inputs, seed), stages, progress)
+            columns, network = two_stages(inputs, inputs.new(seed), stages, progress)
         except Diverged as error:
             raise IncompleteError(
                 f"seed {seed}, direction {direction}: {error}; try a smaller --lr or --second-lr, and another --out"
@@ -362,7 +352,7 @@ def plan(options: SecondSplitOptions) -> dict[str, object]:
     inputs = _open(options)
     one, two = stages_of(inputs, options, options.seed_list()[0], 1)
     target = devices.resolve(inputs.options.device)
-    model = inputs.new().to(target)
+    model = inputs.new(inputs.options.seed).to(target)
     first = _run_of(inputs, model, one, one.recipe)
     times, began = [], time.perf_counter()
     few = dataclasses.replace(one.recipe, steps=min(5, one.recipe.steps))

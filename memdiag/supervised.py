@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memdiag import observe, training, trajectory
@@ -117,19 +117,32 @@ class Run:
 
     def _logits(self, inputs: observe.Inputs) -> Tensor:
         products = torch.autocast(self._device.type, dtype=self.autocast, enabled=self.autocast is not None)
-        with refusing(f"{self.name}: cannot be run on these examples"), products:
-            logits = observe.call(self.training.runs, _padded_only(inputs))
-        wanted = 2 if inputs.labels is not None else 3
-        if logits is None or logits.ndim != wanted or len(logits) != inputs.n_examples:
-            shape = "nothing" if logits is None else f"shape {list(logits.shape)}"
-            axes = "(examples, classes)" if wanted == 2 else "(examples, tokens, vocabulary)"
-            raise InputError(f"{self.name}: its logits have {shape}; wanted {axes}")
-        if wanted == 2 and logits.shape[1] <= self._top:
-            raise InputError(
-                f"{self.name}: has {logits.shape[1]} outputs, and there is a label {self._top}; wanted an output for "
-                "every class, 0 to the highest label"
-            )
-        return logits
+        with products:
+            return logits_of(self.training.runs, inputs, name=self.name, top=self._top)
+
+
+def logits_of(model: nn.Module, inputs: observe.Inputs, *, name: str, top: int) -> Tensor:
+    """The model's logits, (b, k) of a classifier, (b, t, k) of a language model.
+
+    Args:
+        name: of the model, for errors.
+        top: the highest label of a classifier.
+    Raises:
+        InputError: the model cannot be run on these examples, or has no such logits.
+    """
+    with refusing(f"{name}: cannot be run on these examples"):
+        logits = observe.call(model, _padded_only(inputs))
+    wanted = 2 if inputs.labels is not None else 3
+    if logits is None or logits.ndim != wanted or len(logits) != inputs.n_examples:
+        shape = "nothing" if logits is None else f"shape {list(logits.shape)}"
+        axes = "(examples, classes)" if wanted == 2 else "(examples, tokens, vocabulary)"
+        raise InputError(f"{name}: its logits have {shape}; wanted {axes}")
+    if wanted == 2 and logits.shape[1] <= top:
+        raise InputError(
+            f"{name}: has {logits.shape[1]} outputs, and there is a label {top}; wanted an output for every class, "
+            "0 to the highest label"
+        )
+    return logits
 
 
 def _padded_only(inputs: observe.Inputs) -> observe.Inputs:

@@ -304,7 +304,7 @@ def check_place(path: Path, identity: Callable[[], Mapping[str, Any]], *, force:
         found = read_meta(path).get("identity", {})
     except InputError:
         raise InputError(f"{path} is there and is no whole report of memdiag; --force or another --out") from None
-    differing = _differing(found, identity())
+    differing = differing_fields(found, identity())
     if differing:
         raise InputError(f"{path} already holds another report (differs in {differing}); --force or another --out")
     return True
@@ -339,21 +339,22 @@ def check_directory(
 def differing(a: Report, b: Report) -> list[str]:
     """The columns that are not equal, bit for bit; those of only one of the two among them.
 
-    Speeds (unit …/s) are a clock's, which no run repeats, and are not compared.
+    Times and speeds (unit s or …/s) are a clock's, which no run repeats, and are not compared.
     """
-    clock = {name for name, _, unit, *_ in described(a.table.schema) if unit.endswith("/s")}
+    clock = {name for name, _, unit, *_ in described(a.table.schema) if unit == "s" or unit.endswith("/s")}
     names = sorted({*a.table.column_names, *b.table.column_names} - clock)
     both = {*a.table.column_names} & {*b.table.column_names}
     return [name for name in names if name not in both or not a.table[name].equals(b.table[name])]
 
 
-def _differing(a: Any, b: Any, prefix: str = "") -> str:
+def differing_fields(a: Any, b: Any, prefix: str = "") -> str:
+    """The names of the fields in which two identities differ, "" if they are the same."""
     if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
         return prefix.rstrip(".") or "everything"
     keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
     if prefix and len(keys) > 3:  # a run of other checkpoints: their names would say no more
         return prefix.rstrip(".")
-    return ", ".join(_differing(a.get(key), b.get(key), f"{prefix}{key}.") for key in keys)
+    return ", ".join(differing_fields(a.get(key), b.get(key), f"{prefix}{key}.") for key in keys)
 
 
 class Parts:
@@ -387,7 +388,7 @@ class Parts:
             found = None  # killed while it was made or removed: nobody knows what other parts belong to
         if force or self._is_empty():
             found = None  # nothing was finished, so nothing can be lost or mixed up
-        if found is not None and (differing := _differing(found, json.loads(json.dumps(identity)))):
+        if found is not None and (differing := differing_fields(found, json.loads(json.dumps(identity)))):
             raise InputError(
                 f"{self.out} was begun with other inputs (differs in {differing}); give --force to start afresh, "
                 "or another --out"
@@ -426,7 +427,7 @@ class Parts:
         path = self.path(name)
         if not path.exists():
             return False
-        if _differing(read_meta(path).get("part"), identity):
+        if differing_fields(read_meta(path).get("part"), identity):
             raise InputError(f"{of} has changed since {self.out} was begun; give --force to start afresh")
         return True
 

@@ -9,7 +9,7 @@ import array
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,11 @@ class Inputs:
     held_out: Examples | None
     true_labels: Ints | None  # (b,) of `examples`; None: not known
     corrupted: Bools | None  # (b,)
+    groups: Sequence[str] | None  # (b,) which examples belong together; None: the data does not say
     tokenizer: Any
     name: str  # of the model, for people
     config: dict[str, Any] | None  # of the model; None: the factory knows
-    new: Callable[[], nn.Module]  # the model at update 0, always the same
+    new: Callable[[int], nn.Module]  # the model at update 0, of a seed always the same
 
     @property
     def language(self) -> bool:
@@ -105,7 +106,7 @@ def open_inputs(options: TrainOptions) -> Inputs:
         raise InputError("nothing to train on; give a task or a file, e.g. memdiag train task:digits")
     roles = parse_columns(options.columns) or {}
     train = _with_truth(open_dataset(options.data, columns=roles, limit=options.limit), options, roles)
-    test_roles = {role: name for role, name in roles.items() if role not in ("truth", "true_label")}
+    test_roles = {role: name for role, name in roles.items() if role not in ("truth", "true_label", "group")}
     test = None if options.test is None else open_dataset(options.test, columns=test_roles)
     if test is not None and test.kind != train.kind:
         raise InputError(f"--test {test.name} holds {test.kind}, and {train.name} {train.kind}; give what goes with it")
@@ -198,14 +199,19 @@ class _Held:
     labels: array.array[int]
     true_labels: list[int | None]
     truth: list[bool | None]
+    groups: list[str | None]
 
     def add(self, example: Example) -> None:
         self.rows.append(example.row)
         self.ids.append(example.example_id)
         self.true_labels.append(example.true_label)
         self.truth.append(example.truth)
+        self.groups.append(example.group)
         if example.label is not None:
             self.labels.append(example.label)
+
+    def named_groups(self) -> list[str] | None:
+        return [group for group in self.groups if group is not None] if None not in self.groups else None
 
 
 @dataclass
@@ -225,7 +231,7 @@ class _Reader:
         size, length, tokenizer = None, options.max_length, None
         if made is not None:
             name, config, new = made
-            model = new()
+            model = new(options.seed)
             size = vocab_size(model)
             positions = default_max_length(model)
             stated = getattr(observe.text_config(model), "max_position_embeddings", None)
@@ -255,7 +261,18 @@ class _Reader:
             labels, corrupted = corrupt(examples.labels, options.corruption, options.seed)
             examples = examples.labelled(labels)
         return Inputs(
-            options, self.train, self.test, examples, held_out, true_labels, corrupted, tokenizer, name, config, new
+            options,
+            self.train,
+            self.test,
+            examples,
+            held_out,
+            true_labels,
+            corrupted,
+            held.named_groups(),
+            tokenizer,
+            name,
+            config,
+            new,
         )
 
     def _is_test(self, row: int) -> bool:
@@ -272,7 +289,7 @@ class _Reader:
     def _examples(
         self, dataset: Dataset, tokenizer: Any, length: int | None, size: int | None, keep: Callable[[int], bool]
     ) -> tuple[_Held, Examples]:
-        held = _Held(array.array("q"), [], array.array("q"), [], [])
+        held = _Held(array.array("q"), [], array.array("q"), [], [], [])
         found = dataset.examples(tokenizer=tokenizer, max_length=length, vocab_size=size)
         kept = (example for example in found if keep(example.row))
         if self.language:

@@ -29,7 +29,7 @@ WIDTHS = {"mlp": 128, "cnn": 32, "transformer": 128}
 DEPTH = 2
 CHUNK = 4096  # examples looked at at once
 
-New = Callable[[], nn.Module]  # makes the model at update 0, always the same
+New = Callable[[int], nn.Module]  # makes the model at update 0, of a seed always the same
 
 
 def given_model(options: TrainOptions, *, language: bool) -> tuple[str, dict[str, Any] | None, New]:
@@ -41,12 +41,12 @@ def given_model(options: TrainOptions, *, language: bool) -> tuple[str, dict[str
         InputError: there is no such factory or config, or it makes no model that can be trained.
     """
     if options.model is not None:
-        return options.model, None, _of_factory(options.model, options.seed, language)
+        return options.model, None, _of_factory(options.model, language)
     name = options.config or DEFAULT_CONFIG
     config = checkpoints.read_config(name)
 
-    def new() -> nn.Module:
-        model = checkpoints.new_model(name, config, options.seed)
+    def new(seed: int) -> nn.Module:
+        model = checkpoints.new_model(name, config, seed)
         _check_causal(name, model)
         return model
 
@@ -60,10 +60,10 @@ def _check_causal(name: str, model: nn.Module) -> None:
         raise InputError(f"{name}: is no causal language model: its logits at a token depend on later ones")
 
 
-def _of_factory(factory: str, seed: int, language: bool) -> New:
+def _of_factory(factory: str, language: bool) -> New:
     make = build.imported(factory)
 
-    def new() -> nn.Module:
+    def new(seed: int) -> nn.Module:
         with refusing(f"{factory} failed"), training.seeded(seed):
             model = make()
         if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
@@ -86,7 +86,7 @@ def fitting_model(
     Raises:
         InputError: it cannot be made for these examples.
     """
-    seed, inputs = options.seed, examples.inputs
+    inputs = examples.inputs
     assert examples.labels is not None
     classes = int(examples.labels.max()) + 1
     arch = options.arch or ("transformer" if isinstance(inputs, Corpus) else "mlp")
@@ -95,15 +95,15 @@ def fitting_model(
         if isinstance(inputs, Corpus):
             tokens, positions = n_tokens or int(inputs.tokens.max()) + 1, int(inputs.lengths.max())
             config = TransformerConfig(tokens=tokens, classes=classes, positions=positions, width=width)
-            return arch, config.to_json(), lambda: Transformer(config, torch.Generator().manual_seed(seed))
+            return arch, config.to_json(), lambda seed: Transformer(config, torch.Generator().manual_seed(seed))
         mean, std = _scaling(inputs) if options.standardize is not False else (0.0, 1.0)
         if arch == "cnn":
             widths = tuple(width * 2**i for i in range(depth))
             images = CnnConfig(_image_shape(where, inputs.shape[1:]), classes, widths, mean, std)
-            return arch, images.to_json(), lambda: _seeded(lambda: CNN(images), seed)
+            return arch, images.to_json(), lambda seed: _seeded(lambda: CNN(images), seed)
         sizes = (int(np.prod(inputs.shape[1:])), *[width] * depth, classes)
         layers = MlpConfig(sizes, input_mean=mean, input_std=std)
-        return arch, layers.to_json(), lambda: _seeded(lambda: MLP(layers), seed)
+        return arch, layers.to_json(), lambda seed: _seeded(lambda: MLP(layers), seed)
 
 
 def digest(model: nn.Module) -> str:
@@ -115,7 +115,7 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _seeded(make: New, seed: int) -> nn.Module:
+def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with training.seeded(seed):
         return make()
 

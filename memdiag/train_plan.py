@@ -44,12 +44,15 @@ def settled(inputs: Inputs) -> Settled:
     return TOKENS if inputs.config is None else TRANSFORMER
 
 
-def recipe_of(inputs: Inputs) -> tuple[int, Recipe]:
+def recipe_of(inputs: Inputs, n: int | None = None) -> tuple[int, Recipe]:
     """How many passes, and the loop's settings; an update has no more examples than there are.
 
     The last update ends with the last pass, and may have fewer than the others.
+
+    Args:
+        n: examples of a pass; None: all there are.
     """
-    options, usual, n = inputs.options, settled(inputs), len(inputs.examples)
+    options, usual, n = inputs.options, settled(inputs), n or len(inputs.examples)
     epochs, optimizer = options.epochs or usual.epochs, options.optimizer or usual.optimizer
     batch_size = min(options.batch_size or usual.batch_size, n)
     steps = -(-epochs * n // batch_size)
@@ -80,7 +83,7 @@ def plan(options: TrainOptions) -> dict[str, object]:
     """What `run` would take, from a few timed updates; writes nothing."""
     inputs = open_inputs(options)
     target = devices.resolve(options.device)
-    model = inputs.new().to(target)
+    model = inputs.new(options.seed).to(target)
     epochs, recipe = recipe_of(inputs)
     at = training.begin(model, recipe)
     run = Run(at, recipe, inputs.examples, epochs, inputs.pad_id, autocast_of(inputs, target), inputs.name)

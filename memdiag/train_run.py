@@ -50,7 +50,7 @@ def run(options: TrainOptions, out: Path, *, force: bool, progress: Progress) ->
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("memdiag train runs in one process; start it without torchrun")
     inputs = open_inputs(options)
-    model = inputs.new()
+    model = inputs.new(options.seed)
     identity = {
         "report": HistoryRow.report,
         "schema_version": HistoryRow.schema_version,

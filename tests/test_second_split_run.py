@@ -117,7 +117,7 @@ def test_the_columns_are_what_the_parts_say(here):
             assert two.examples.rows.tolist() == (~mine).nonzero()[0].tolist()
             assert (one.epochs, two.epochs) == (4, 3)
             assert (one.recipe.lr, two.recipe.lr, two.recipe.schedule) == (0.1, 0.05, "constant")
-            model = second_split_run.model_of(inputs, seed)
+            model = inputs.new(seed)
             features, labels = torch.tensor(one.examples.inputs), torch.tensor(one.examples.labels)
 
             def look(model=model, features=features, labels=labels):

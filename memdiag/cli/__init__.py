@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import memdiag
-from memdiag.cli import measure, reports, reproduce, score, train
+from memdiag.cli import counterfactual, measure, reports, reproduce, score, train
 from memdiag.cli.options import option
 from memdiag.errors import IncompleteError, InputError, one_line
 
@@ -55,6 +55,7 @@ def main(
 
 app.command("entropy", short_help="How compressed are the hidden states, layer by layer?")(measure.entropy)
 app.command("score", short_help="Which examples were memorized?")(score.score)
+app.command("counterfactual", short_help="What would the model do without this example?")(counterfactual.counterfactual)
 app.command("prune-memorizers", short_help="Which neurons memorize, and what if they go?")(measure.prune_memorizers)
 app.command("train", short_help="Train a small model, with the trajectory of every example.")(train.train)
 app.command("train-gapt", short_help="Train a language model that memorizes and compresses in turns.")(train.train_gapt)

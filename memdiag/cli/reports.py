@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 # Where each report's rows are declared; these modules import without torch.
 ROWS = {
+    "counterfactual": "memdiag.counterfactual_rows:CounterfactualRow",
+    "counterfactual.examples": "memdiag.counterfactual_rows:ExampleRow",
+    "counterfactual.influence": "memdiag.counterfactual_rows:InfluenceRow",
+    "counterfactual.models": "memdiag.counterfactual_rows:ModelRow",
+    "counterfactual.shard": "memdiag.counterfactual_rows:ShardRow",
+    "counterfactual.sizes": "memdiag.counterfactual_rows:SizeRow",
+    "counterfactual.turn-over-dropout": "memdiag.counterfactual_rows:TurnOverRow",
     "entropy": "memdiag.entropy_report:EntropyRow",
     "entropy.gradients": "memdiag.entropy_report:GradientRow",
     "prune-memorizers.pruning": "memdiag.prune_report:PruningRow",
@@ -133,6 +140,18 @@ def rerun(
 def _again(old: Report, path: Path, out: Path | None, *, force: bool, progress: Progress) -> tuple[Report, Path] | None:
     """The same run once more: the new report of the same name, and what was written."""
     kind = str(old.meta.get("report"))
+    if kind.startswith("counterfactual"):
+        from memdiag import counterfactual_report
+
+        part = {"influence": "influence", "models": "models"}.get(kind.removeprefix("counterfactual."), "report")
+        if kind in ("counterfactual.shard", "counterfactual.examples"):
+            raise InputError(f"{path}: is a part of a run; give the counterfactual.parquet of its directory")
+        folder = path.absolute().parent
+        target = out or folder.with_name(f"{folder.name}.rerun")
+        counted = counterfactual_report.measure(
+            counterfactual_report.options_of(old), out=target, force=force, progress=progress
+        )
+        return getattr(counted, part), target
     if kind.startswith("prune-memorizers."):
         from memdiag import prune_report
 

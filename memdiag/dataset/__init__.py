@@ -177,21 +177,21 @@ class Dataset:
     # --- examples
 
     def _example(self, row: int, found: Mapping[str, Any], max_length: int | None, vocab_size: int | None) -> Example:
-        label, truth, true_label = (
+        label, truth, true_label, group = (
             self._value(row, role, found[role]) if role in self.columns else None
-            for role in ("label", "truth", "true_label")
+            for role in ("label", "truth", "true_label", "group")
         )
         example_id = self._value(row, "id", found["id"]) if "id" in self.columns else str(row)
         if self.kind == "features":
             features = self._value(row, "features", found["features"], self._shape)
-            return Example(row, example_id, None, features, label, False, truth, true_label)
+            return Example(row, example_id, None, features, label, False, truth, true_label, group)
         ids = self._value(row, "input_ids", found["input_ids"], vocab_size)
         if "attention_mask" in found:
             ids = ids[self._value(row, "attention_mask", found["attention_mask"], len(ids))]
             if not len(ids):
                 raise self._fault(row, "attention_mask", "is all 0: no token is left")
         truncated = max_length is not None and len(ids) > max_length
-        return Example(row, example_id, ids[:max_length], None, label, truncated, truth, true_label)
+        return Example(row, example_id, ids[:max_length], None, label, truncated, truth, true_label, group)
 
     @cached_property
     def _shape(self) -> tuple[int, ...]:
@@ -273,6 +273,7 @@ _CONVERT: dict[str, Callable[..., Any]] = {
     "label": cells.as_label,
     "true_label": cells.as_label,
     "truth": cells.as_truth,
+    "group": cells.as_id,
     "input_ids": cells.as_input_ids,
     "attention_mask": cells.as_mask,
     "features": cells.as_features,

@@ -29,6 +29,7 @@ class Example:
     truncated: bool  # input_ids were longer than max_length
     truth: bool | None = None  # whether it is suspect, if the dataset says so
     true_label: int | None = None
+    group: str | None = None  # which examples belong together, if the dataset says so
 
     @property
     def n_tokens(self) -> int:

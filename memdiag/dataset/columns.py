@@ -10,6 +10,7 @@
 | id | id example_id uid | a string or an integer, unique |
 | truth | none: read only if named | true or false: whether the example is suspect |
 | true_label | none: read only if named | an integer |
+| group | none: read only if named | a string or an integer: which examples belong together |
 
 Where several would do, text is read before input_ids and these before features, unless a role is named:
 a named input_ids wins over text, named text and features together are refused. A guessed label that holds
@@ -36,6 +37,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "id": ("id", "example_id", "uid"),
     "truth": (),
     "true_label": (),
+    "group": (),
 }
 KINDS: dict[str, Kind] = {"input_ids": "tokens", "text": "text", "features": "features"}  # in order, when named
 
@@ -56,7 +58,14 @@ def choose(
     _check_named(name, present, named)
     content = _content(name, present, named)
     roles = {content: named.get(content) or _guess(content, present)[0]}
-    for role in ("label", "id", "truth", "true_label", *(["attention_mask"] if content == "input_ids" else [])):
+    for role in (
+        "label",
+        "id",
+        "truth",
+        "true_label",
+        "group",
+        *(["attention_mask"] if content == "input_ids" else []),
+    ):
         guessed = [] if role in named else _guess(role, present)
         if role == "label":
             guessed = [column for column in guessed if is_label(column)]

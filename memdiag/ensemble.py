@@ -1,0 +1,418 @@
+"""Many models trained at once on one device: their weights stacked along a leading axis, each with its own examples.
+
+Three ways, the same for every model of a run, whatever its neighbours:
+
+    stacked   a ReLU network of linear layers under SGD without clipping: forward, backward and update by hand, a
+              batched matrix product for every layer. With a_0 the inputs and δ_L = (softmax(z) − onehot(y)) / b,
+                  z_l = a_{l−1} W_l + c_l      a_l = max(z_l, 0)      δ_{l−1} = (δ_l W_lᵀ) ∘ [a_{l−1} > 0]
+                  V ← 0.9 V + a_{l−1}ᵀ δ_l + λ W_l      W_l ← W_l − η V
+    vmap      any other module: torch.func.vmap over stacked parameters and buffers. The loss is the sum over models of
+              each model's mean, so that no gradient meets another's.
+    alone     one after another: modules that draw random numbers when they train (dropout), and those that vmap cannot
+              run or runs differently.
+
+Model k's order of examples is a permutation of all n from its seed and the epoch, of which it skips those that it is
+not trained on: the order does not tell who is in.
+
+Axes: m model, n example, b example of an update, t token, i o units of a layer, k class or vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
+
+from memdiag import observe, training
+from memdiag.errors import InputError, one_line
+from memdiag.models.mlp import MLP, MlpConfig, scaled
+from memdiag.packing import Corpus
+from memdiag.supervised import Examples
+from memdiag.training import Recipe
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+New = Callable[[int], nn.Module]
+
+RESIDENT = 2**30  # bytes of examples that are kept on the device
+AHEAD = 2**22  # places of examples drawn at once
+ALIGN = 16  # outputs of the last layer are padded to a multiple: a narrow matrix product takes as long as a wide one
+MOMENTUM = 0.9
+SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TRIAL_S, ENOUGH = 0.1, 0.95  # of each size; a larger one is taken only if it needs less than this share of the time
+AGREE = 1e-4  # of vmap's gradient with the plain one, relative to the largest
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One model of an ensemble."""
+
+    seed: int  # of its initial weights and its order
+    included: Bools  # (n,) the examples it is trained on, at least one
+
+
+class Diverged(Exception):
+    """The weights of some models are not finite numbers any more."""
+
+
+class Data:
+    """Examples on the device, where they fit there; tokens padded to the longest example, whoever is in a batch."""
+
+    def __init__(self, examples: Examples, pad_id: int, device: torch.device) -> None:
+        self.examples, self.pad_id, self.device = examples, pad_id, device
+        inputs, n = examples.inputs, len(examples)
+        self.labels = None if examples.labels is None else torch.from_numpy(examples.labels).to(device)
+        self.length = int(inputs.lengths.max()) if isinstance(inputs, Corpus) else 0
+        self.padded = isinstance(inputs, Corpus) and bool((inputs.lengths < self.length).any())
+        size = 8 * n * self.length if isinstance(inputs, Corpus) else inputs.nbytes
+        self._kept = self._load(np.arange(n)) if n and size <= RESIDENT else None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def _load(self, at: Ints) -> tuple[Tensor, Tensor | None]:
+        """Features, or tokens and lengths."""
+        inputs = self.examples.inputs
+        if not isinstance(inputs, Corpus):
+            return torch.from_numpy(np.array(inputs[at])).to(self.device), None
+        ids, mask = inputs.batch(at, pad_id=self.pad_id)
+        ids = F.pad(ids, (0, self.length - ids.shape[1]), value=self.pad_id)
+        return ids.to(self.device), mask.sum(1).to(self.device)
+
+    def batch(self, at: Tensor) -> dict[str, Tensor]:
+        """What the examples at some places, of any shape, hold: features, or tokens and mask; and labels."""
+        flat = at.flatten()
+        if self._kept is None:
+            values, lengths = self._load(flat.cpu().numpy())
+        else:
+            values, lengths = self._kept[0][flat], None if self._kept[1] is None else self._kept[1][flat]
+        found = {} if self.labels is None else {"labels": self.labels[flat]}
+        if lengths is None:
+            found["features"] = values
+        else:
+            found["tokens"] = values
+            found["mask"] = torch.arange(self.length, device=self.device) < lengths[:, None]
+        return {name: x.view(*at.shape, *x.shape[1:]) for name, x in found.items()}
+
+
+def places(members: Sequence[Member], n: int, batch_size: int, steps: int, device: torch.device) -> Iterator[Tensor]:
+    """(m, b) the examples of one update after another."""
+    orders = [_order(member, n) for member in members]
+    held = [next(order) for order in orders]
+    at_once = max(1, AHEAD // (len(members) * batch_size))
+    for first in range(0, steps, at_once):
+        size = min(at_once, steps - first) * batch_size
+        for i, order in enumerate(orders):
+            while len(held[i]) < size:
+                held[i] = np.concatenate([held[i], next(order)])
+        block = np.stack([own[:size] for own in held]).reshape(len(members), -1, batch_size)
+        held = [own[size:] for own in held]
+        yield from torch.from_numpy(block.swapaxes(0, 1).copy()).to(device)
+
+
+def _order(member: Member, n: int) -> Iterator[Ints]:
+    """A member's examples, epoch after epoch."""
+    epoch = 0
+    while True:
+        every = np.random.default_rng([member.seed, epoch]).permutation(n)
+        yield every[member.included[every]]
+        epoch += 1
+
+
+# -- the three ways --------------------------------------------------------------------------------------------------
+
+
+def way_of(new: New, data: Data, recipe: Recipe) -> tuple[str, str]:
+    """How models of this kind are trained, and why not in a faster way ("" for the fastest).
+
+    Args:
+        new: makes the model of a seed.
+    """
+    model = new(0)
+    if is_plain(model, recipe):
+        return "stacked", ""
+    model = model.to(data.device).train()
+    some = torch.arange(min(2, len(data)), device=data.device)
+    try:
+        wanted = _gradients_alone(model, data.batch(some))
+        pair = [new(0).to(data.device).train(), new(1).to(data.device).train()]
+        state = _Stack(pair)
+        with sdpa_kernel(SDPBackend.MATH):
+            state.losses(data.batch(some.expand(2, -1))).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # what a model does under torch.func is not ours to foresee
+        return "alone", one_line(error, 160)
+    for name, right in wanted.items():
+        found = state.parameters[name].grad
+        if found is None or not torch.allclose(found[0], right, rtol=AGREE, atol=AGREE * float(right.abs().max())):
+            return "alone", f"the gradient of {name} is another one under vmap"
+    own = dict(model.named_buffers())
+    if any(not torch.allclose(state.buffers[name][0].double(), own[name].double(), rtol=AGREE) for name in own):
+        return "alone", "what it keeps beside its weights is another under vmap"
+    return "vmap", ""
+
+
+def _gradients_alone(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = torch.get_rng_state()
+    _Loss(model)(batch).backward()
+    if not torch.equal(state, torch.get_rng_state()):
+        raise RuntimeError("it draws random numbers when it trains")
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(
+    members: Sequence[Member],
+    new: New,
+    data: Data,
+    recipe: Recipe,
+    *,
+    way: str,
+    steps: int | None = None,
+) -> list[nn.Module]:
+    """The models, trained; a model's weights do not depend on the others.
+
+    Args:
+        members: at least one.
+        new: makes the model of a seed.
+        recipe: its seed is not used; every update has batch_size examples, which may begin another pass.
+        way: of `way_of`.
+        steps: stop after as many updates; None: after the recipe's.
+    Raises:
+        InputError: the model cannot be run on these examples.
+    """
+    steps = recipe.steps if steps is None else steps
+    models = [new(member.seed).to(data.device).train() for member in members]
+    if way == "alone":
+        for member, model in zip(members, models):
+            _train_alone(member, model, data, recipe, steps)
+    elif way == "stacked":
+        _train_stacked(members, models, data, recipe, steps)
+    else:
+        _train_vmap(members, models, data, recipe, steps)
+    return [model.eval() for model in models]
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all of a model's weights are finite numbers."""
+    return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def size_of_chunk(new: New, data: Data, recipe: Recipe, *, way: str, most: int) -> int:
+    """How many models to train at once: the smallest number that a larger one, in a quick trial, does not beat.
+
+    More is not better on a CPU, where the weights soon leave its cache.
+
+    Args:
+        most: models that there are to train.
+    """
+    if way == "alone":
+        return 1
+    everyone = np.ones(len(data), dtype=np.bool_)
+    best, best_s = 1, float("inf")
+    for size in [size for size in SIZES if size <= most]:
+        members = [Member(seed, everyone) for seed in range(size)]
+        try:
+            seconds = _timed(members, new, data, recipe, way) / size
+        except torch.OutOfMemoryError:
+            break
+        if seconds < ENOUGH * best_s:
+            best, best_s = size, seconds
+        elif size >= 4 * best:
+            break
+    return best
+
+
+def _timed(members: Sequence[Member], new: New, data: Data, recipe: Recipe, way: str) -> float:
+    """Seconds of an update, from so many that they take a while; what a single one takes is setting up."""
+
+    def taken(steps: int) -> float:
+        began = time.perf_counter()
+        train(members, new, data, recipe, way=way, steps=steps)
+        if data.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    taken(1)  # compiles and allocates
+    one, steps = taken(1), 2
+    while (several := taken(steps) - one) < TRIAL_S and steps < recipe.steps:
+        steps = min(4 * steps, recipe.steps)
+    return max(several, 1e-9) / (steps - 1)
+
+
+# alone
+
+
+class _Loss(nn.Module):
+    """The mean loss of a batch as a module, so that torch.func can call it with other weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """A classifier's over examples, a language model's over tokens.
+
+        A language model gets no mask: padding comes after the tokens, which do not look ahead, and has no loss.
+        """
+        labels, tokens, mask = batch.get("labels"), batch.get("tokens"), batch.get("mask")
+        shown = observe.Inputs(tokens, mask if labels is not None else None, batch.get("features"), labels)
+        logits = observe.call(self.model, shown)
+        if logits is None:
+            raise InputError("the model has no output that could be logits")
+        if labels is not None:
+            return F.cross_entropy(logits.float(), labels)
+        assert tokens is not None
+        assert mask is not None
+        counts = mask[:, 1:]
+        nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return (nll * counts.flatten()).sum() / counts.sum()
+
+
+def _train_alone(member: Member, model: nn.Module, data: Data, recipe: Recipe, steps: int) -> None:
+    """With PyTorch's own optimizer, one model."""
+    order = places([member], len(data), recipe.batch_size, steps, data.device)
+    loss_of, at = _Loss(model), training.begin(model, recipe)
+    for step in range(steps):
+        with training.seeded(member.seed, step):
+            loss_of(data.batch(next(order)[0])).backward()
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        _set_lr(at.optimizer, recipe.lr_at(step))
+        at.optimizer.step()
+        at.optimizer.zero_grad(set_to_none=True)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# vmap
+
+
+class _Stack:
+    """The parameters and buffers of several models of a kind, stacked."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        parameters, self.buffers = stack_module_state(list(models))
+        self.parameters = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        program = _Loss(models[0])
+
+        def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+            named = {f"model.{name}": x for name, x in (parameters | buffers).items()}
+            found: Tensor = functional_call(program, named, (batch,))
+            return found
+
+        self._losses = vmap(loss)  # which refuses random numbers
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """(m,) the mean loss of each model on its own examples (m, b, ...)."""
+        found: Tensor = self._losses(self.parameters, self.buffers, batch)
+        return found
+
+    def unstack(self, models: Sequence[nn.Module]) -> None:
+        """Put each model's weights into it."""
+        with torch.no_grad():
+            for i, model in enumerate(models):
+                for name, p in model.named_parameters():
+                    p.copy_(self.parameters[name][i])
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(self.buffers[name][i])
+
+
+def _train_vmap(
+    members: Sequence[Member], models: Sequence[nn.Module], data: Data, recipe: Recipe, steps: int
+) -> None:  # fmt: skip
+    # one alone would be computed in another way than one of several, and differ in the last bit
+    stack = _Stack(models if len(models) > 1 else [*models, *models])
+    members = members if len(members) > 1 else [*members, *members]
+    parameters = list(stack.parameters.values())
+    decayed = [p for p in parameters if p.ndim > 2]  # a model's own have an axis less
+    others = [p for p in parameters if p.ndim <= 2]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=MOMENTUM, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no rule for vmap
+        for step, at in enumerate(places(members, len(data), recipe.batch_size, steps, data.device)):
+            stack.losses(data.batch(at)).sum().backward()  # type: ignore[no-untyped-call]
+            if recipe.clip:
+                _clip_each(parameters, recipe.clip)
+            _set_lr(optimizer, recipe.lr_at(step))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    stack.unstack(models)
+
+
+def _clip_each(parameters: Sequence[Tensor], longest: float) -> None:
+    """As clip_grad_norm_ does it, each model by the length of its own gradient."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([get_total_norm([g[i] for g in gradients]) for i in range(len(gradients[0]))])
+    factors = (longest / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+# stacked
+
+
+def is_plain(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether a model and its recipe are those of the way `stacked`."""
+    if type(model) is not MLP or recipe.optimizer != "sgd" or recipe.clip:
+        return False
+    config = model.config
+    return config.activation == "relu" and config.norm == "none" and not config.dropout and config.bias
+
+
+@torch.no_grad()
+def _train_stacked(
+    members: Sequence[Member], models: Sequence[nn.Module], data: Data, recipe: Recipe, steps: int
+) -> None:  # fmt: skip
+    m, b, labels = len(models), recipe.batch_size, data.labels
+    assert labels is not None
+    layers = [[layer for layer in model.modules() if isinstance(layer, nn.Linear)] for model in models]
+    # (m, i, o) and (m, 1, o), a copy, the last layer's padded
+    weights = [torch.stack([layer.weight.T for layer in same]) for same in zip(*layers)]
+    biases = [torch.stack([layer.bias for layer in same])[:, None] for same in zip(*layers)]
+    n_classes = weights[-1].shape[2]
+    more = -n_classes % ALIGN
+    weights[-1], biases[-1] = F.pad(weights[-1], (0, more)), F.pad(biases[-1], (0, more))
+    motions = [torch.zeros_like(w) for w in weights]
+    bias_motions = [torch.zeros_like(c) for c in biases]
+    minus_one = torch.full((m, b, 1), -1.0, device=data.device)
+    config = models[0].config
+    assert isinstance(config, MlpConfig)
+    last = len(weights) - 1
+    for step, at in enumerate(places(members, len(data), b, steps, data.device)):
+        batch = data.batch(at)
+        activations = [scaled(batch["features"].flatten(2), config.input_mean, config.input_std)]
+        for layer in range(last):
+            activations.append(torch.baddbmm(biases[layer], activations[-1], weights[layer]).relu_())
+        z = torch.baddbmm(biases[last], activations[-1], weights[last])
+        delta = F.pad(z[..., :n_classes].softmax(-1), (0, more))
+        delta.scatter_add_(-1, batch["labels"][..., None], minus_one).mul_(1 / b)
+        lr = recipe.lr_at(step)
+        for layer in range(last, -1, -1):
+            back = torch.bmm(delta, weights[layer].transpose(1, 2)) if layer else None
+            motion = motions[layer].baddbmm_(activations[layer].transpose(1, 2), delta, beta=MOMENTUM)
+            if recipe.weight_decay:
+                motion.add_(weights[layer], alpha=recipe.weight_decay)
+            bias_motions[layer].mul_(MOMENTUM).add_(delta.sum(1, keepdim=True))
+            weights[layer].add_(motion, alpha=-lr)
+            biases[layer].add_(bias_motions[layer], alpha=-lr)
+            if back is not None:
+                delta = torch.ops.aten.threshold_backward(back, activations[layer], 0)
+    for i, own in enumerate(layers):
+        for layer, module in enumerate(own):
+            module.weight.copy_(weights[layer][i, :, : module.out_features].T)
+            module.bias.copy_(biases[layer][i, 0, : module.out_features])
