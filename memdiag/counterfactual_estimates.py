@@ -8,6 +8,7 @@ Axes: m model, n training example, g group (coin), t held-out example. Needs no 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,8 +24,8 @@ from numpy.typing import NDArray
 
 from memdiag import counterfactual_view, influence, memorization, tables
 from memdiag.counterfactual_report import Counterfactual, CounterfactualOptions, options_of
-from memdiag.counterfactual_rows import CounterfactualRow, InfluenceRow, ModelRow
-from memdiag.counterfactual_shards import FOLDER, Shard, items_in, read_shard, shard_path, time_of, time_path
+from memdiag.counterfactual_rows import CounterfactualRow, ExampleRow, InfluenceRow, ModelRow
+from memdiag.counterfactual_shards import FOLDER, Shard, items_in, read_shard, run_of, shard_path, time_of, time_path
 from memdiag.counterfactual_summary import summary_of
 from memdiag.errors import InputError
 from memdiag.memorization import Kind, Memorization, Sums
@@ -48,8 +49,14 @@ class Examples:
 
     @classmethod
     def read(cls, folder: Path) -> Examples:
-        table = tables.read(folder / EXAMPLES).table
-        n = int((~table["held_out"].to_numpy()).sum())
+        path = folder / EXAMPLES
+        table = tables.read(path).table
+        if not table.schema.equals(tables.schema_of(ExampleRow)):
+            raise InputError(f"{path} holds no examples of counterfactual; give it back its own")
+        held_out = table["held_out"].to_numpy()
+        n = int((~held_out).sum())
+        if not n or held_out[:n].any() or any(table[name][:n].null_count for name in ("group_id", "group", "content")):
+            raise InputError(f"{path} is damaged: its training examples are not told apart; give it back its own")
         groups = table["group"][:n].to_numpy().astype(np.int64)
         content = table["content"][:n].to_numpy().astype(np.int64)
         return cls(table, n, groups, content, np.unique(groups, return_index=True)[1])
@@ -262,10 +269,36 @@ def _pairs(
 
 
 def read(out: Path) -> Counterfactual:
-    """What stands in a directory that the command wrote."""
-    main = tables.read(out / MAIN)
-    pairs = tables.read(out / INFLUENCE) if (out / INFLUENCE).exists() else None
-    return Counterfactual(main, json.loads((out / SUMMARY).read_text()), out, pairs, tables.read(out / MODELS))
+    """What stands in a directory that the command wrote.
+
+    Raises:
+        InputError: one of its files is missing or damaged.
+    """
+    main, about = tables.read(out / MAIN), read_summary(out / SUMMARY, "held_out")
+    pairs = _part(out / INFLUENCE, InfluenceRow) if about["held_out"] else None
+    return Counterfactual(main, about, out, pairs, _part(out / MODELS, ModelRow))
+
+
+def read_summary(path: Path, key: str) -> dict[str, Any]:
+    """A summary that has a `key`.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or key not in found:
+        raise InputError(f"{path} is missing or damaged; give --force to make everything again")
+    return found
+
+
+def _part(path: Path, row: Any) -> tables.Report:
+    found = tables.read(path)
+    if found.meta.get("report") != row.report or not found.table.schema.equals(tables.schema_of(row)):
+        raise InputError(f"{path} is a report of {found.meta.get('report')}; wanted {row.report}, give it back its own")
+    return found
 
 
 # -- several machines ------------------------------------------------------------------------------------------------
@@ -278,7 +311,7 @@ def merge(directories: Sequence[Path], out: Path, *, force: bool) -> Counterfact
             "merge wants at least two directories of counterfactual, e.g. merge runs/a runs/b --out runs/ab"
         )
     mains = [_main_of(path) for path in directories]
-    if any(path.absolute() == out.absolute() for path in directories):
+    if any(path.resolve() == out.resolve() for path in directories):  # by another name, too: --force would delete it
         raise InputError(f"--out {out} is one of the runs; choose another --out")
     identity = mains[0].meta["identity"]
     for path, main in zip(directories[1:], mains[1:]):
@@ -287,7 +320,11 @@ def merge(directories: Sequence[Path], out: Path, *, force: bool) -> Counterfact
                 f"{path} is of another run than {directories[0]} (differs in {different}); merge wants the same data, "
                 "model, options and --seed, with other --first-model"
             )
-    where = _sources(directories)
+    where = _sources(directories, run_of(identity))
+    told = [Examples.read(path).table for path in directories]
+    for path, table in zip(directories[1:], told[1:]):
+        if not table.equals(told[0]):
+            raise InputError(f"{path / EXAMPLES} differs from {directories[0] / EXAMPLES}; give it back its own")
     options = options_of(mains[0])
     there = tables.check_directory(
         out, MAIN, lambda: identity, force=force, command="counterfactual", made=MADE
@@ -304,8 +341,16 @@ def merge(directories: Sequence[Path], out: Path, *, force: bool) -> Counterfact
                     partial = target.with_name(f".{target.name}.partial")
                     shutil.copyfile(path_of(folder, item), partial)
                     os.replace(partial, target)
-        items = sorted({*where, *(items_in(out / FOLDER) if there else [])})
-        meta = {**mains[0].meta, "items": _ranges(items)}
+        more = [item for item in items_in(out / FOLDER) if item not in where] if there else []
+        for item in more:
+            read_shard(out / FOLDER, item, run_of(identity))
+        items = sorted({*where, *more})
+        # as if they had been asked for at once: the same command finds them there
+        options = dataclasses.replace(options, until_width=None, first_model=items[0], models=len(items))
+        analysis: dict[str, Any] = options.analysis()
+        if items != list(options.items()):
+            analysis["items"] = _ranges(items)
+        meta = {**mains[0].meta, "options": dataclasses.asdict(options), "analysis": analysis, "items": _ranges(items)}
         write_reports(out, items, options, meta)
         parts.remove()
     finally:
@@ -314,27 +359,30 @@ def merge(directories: Sequence[Path], out: Path, *, force: bool) -> Counterfact
 
 
 def _main_of(path: Path) -> tables.Report:
-    main = tables.read(path / MAIN)
-    if main.meta.get("report") != CounterfactualRow.report or "identity" not in main.meta:
-        raise InputError(f"{path / MAIN} is a report of {main.meta.get('report')}; wanted one of counterfactual")
+    main = _part(path / MAIN, CounterfactualRow)
+    identity, dataset = main.meta.get("identity"), main.meta.get("dataset")
+    known = isinstance(identity, dict) and isinstance(dataset, dict) and "way" in identity and "name" in dataset
+    if not known or "model" not in main.meta:
+        raise InputError(f"{path / MAIN} does not say how it was made; give it back its own")
     return main
 
 
-def _sources(directories: Sequence[Path]) -> dict[int, Path]:
+def _sources(directories: Sequence[Path], run: str) -> dict[int, Path]:
     """The folder that each model is taken from; where several have it they must agree."""
     where: dict[int, Path] = {}
     for directory in directories:
         folder = directory / FOLDER
-        for item in items_in(folder):
+        reported = _part(directory / MODELS, ModelRow).table["model"].to_pylist()
+        for item in sorted({*items_in(folder), *reported}):
             if item in where:
-                a, b = read_shard(where[item], item), read_shard(folder, item)
+                a, b = read_shard(where[item], item, run), read_shard(folder, item, run)
                 if (a.weights, a.subset) != (b.weights, b.subset):
                     raise InputError(
                         f"{shard_path(where[item], item)} and {shard_path(folder, item)} are two models of the same "
                         "number; merge wants runs of other --first-model"
                     )
             else:
-                read_shard(folder, item)
+                read_shard(folder, item, run)
                 where[item] = folder
     return dict(sorted(where.items()))
 

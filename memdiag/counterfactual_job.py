@@ -9,7 +9,6 @@ Axes: n training example, t held-out example, b example of a batch.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from memdiag import device as devices
 from memdiag import ensemble, supervised, trajectory
 from memdiag.counterfactual_report import CounterfactualOptions
 from memdiag.counterfactual_rows import CounterfactualRow
-from memdiag.counterfactual_shards import Shard, time_path, write_shard
+from memdiag.counterfactual_shards import Shard, run_of, time_path, write_shard
 from memdiag.ensemble import Data, Member
 from memdiag.errors import IncompleteError, InputError
 from memdiag.packing import Corpus
@@ -76,7 +75,7 @@ class Job:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the identity, which every shard holds."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return run_of(self.identity)
 
     def member(self, k: int) -> Member:
         """Subset and seed of model k.

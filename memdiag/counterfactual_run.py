@@ -54,10 +54,10 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
     there = tables.check_directory(
         out, MAIN, lambda: job.identity, force=force, command="counterfactual", made=MADE
     )  # fmt: skip
-    if there and _same_analysis(out, options):
+    if there and (found := _finished(out, options)) is not None:
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
         tables.remove_leftovers(out, job.identity)
-        return estimates.read(out)
+        return found
     parts = tables.Parts(out, job.identity, force=force)
     try:
         meta = _meta(job)
@@ -110,9 +110,15 @@ def opened(options: CounterfactualOptions) -> Job:
     return job
 
 
-def _same_analysis(out: Path, options: CounterfactualOptions) -> bool:
-    made = tables.read_meta(out / MAIN)
-    return made.get("analysis") == options.analysis() and (out / estimates.SUMMARY).exists()
+def _finished(out: Path, options: CounterfactualOptions) -> Counterfactual | None:
+    """What stands there, if it is what was asked for and whole; the shards have what it takes to write it again."""
+    if tables.read_meta(out / MAIN).get("analysis") != options.analysis():
+        return None
+    try:
+        return estimates.read(out)
+    except InputError as error:
+        log.warning("%s; it is written again", str(error).partition(";")[0])
+        return None
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -130,8 +136,8 @@ def _train_until(job: Job, out: Path, progress: Progress) -> range:
             break
         needed = memorization.models_needed(found, len(items), options.until_width) or 2 * len(items)
         # a rate seen in few models is no rate yet: not more than twice as many before looking again
-        wanted = -(-min(needed, 2 * len(items)) // block) * block
-        items = options.items(min(options.max_models, max(wanted, len(items) + block)))
+        wanted = max(min(needed, 2 * len(items)), len(items) + 1)
+        items = options.items(min(options.max_models, -(-wanted // block) * block))
         log.info(
             "median interval %s wide; going on to %d models", "unknown" if width is None else f"{width:.3f}", len(items)
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,14 @@ def time_path(folder: Path, item: int) -> Path:
 
 def items_in(folder: Path) -> list[int]:
     """The models that have a shard, damaged or not."""
-    found = (path.stem.removeprefix("model-") for path in folder.glob("model-*.parquet"))
-    return sorted(int(number) for number in found if number.isdecimal())
+    numbers = (path.stem.removeprefix("model-") for path in folder.glob("model-*.parquet"))
+    items = {int(number) for number in numbers if number.isdecimal()}
+    return sorted(item for item in items if shard_path(folder, item).is_file())  # model-1.parquet is nobody's
+
+
+def run_of(identity: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a run's identity, which every shard of it holds."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def write_shard(folder: Path, shard: Shard, run: str) -> None:
@@ -92,7 +99,7 @@ def read_shard(folder: Path, item: int, run: str | None = None) -> Shard:
     path = shard_path(folder, item)
     report = tables.read(path)
     meta, table = report.meta, report.table
-    if meta.get("report") != ShardRow.report or table.schema.names != tables.schema_of(ShardRow).names:
+    if meta.get("report") != ShardRow.report or not table.schema.equals(tables.schema_of(ShardRow)):
         raise InputError(f"{path} is no shard of counterfactual; give it back its own, or delete it")
     if meta.get("model") != item or (run is not None and meta.get("run") != run):
         raise InputError(f"{path} is of another run or another model; give it back its own, or delete it")
@@ -107,23 +114,28 @@ def read_shard(folder: Path, item: int, run: str | None = None) -> Shard:
         table["accuracy"].to_numpy(),
         table["soft"].to_numpy(),
     )
-    if _digest(found) != meta.get("sha256") or fingerprint(found.included) != found.subset:
+    apart = np.array_equal(held_out, np.arange(len(held_out)) >= len(found.included))
+    if not apart or _digest(found) != meta.get("sha256") or fingerprint(found.included) != found.subset:
         raise InputError(f"{path} is damaged: its contents are not what was written; delete it to make it again")
     return found
 
 
 def time_of(folder: Path, item: int) -> Mapping[str, Any]:
-    """Seconds and engine of a model, if they are known."""
+    """Seconds and engine of a model, if they are known; nothing depends on what the file says."""
     try:
         found = json.loads(time_path(folder, item).read_text())
-    except (OSError, ValueError):
+        seconds, engine = float(found["seconds"]), found["engine"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not 0 <= seconds < math.inf or not isinstance(engine, str) or not engine.isprintable():
+        return {}
+    return {"seconds": seconds, "engine": engine}
 
 
 def _digest(shard: Shard) -> str:
     """sha256 (hex) of what a shard says; NaN counts as one value."""
-    found = hashlib.sha256(f"{shard.item} {shard.seed} {shard.subset} {shard.weights}\n".encode())
+    told = f"{shard.item} {shard.seed} {shard.subset} {shard.weights} {len(shard.included)}\n"
+    found = hashlib.sha256(told.encode(errors="replace"))
     found.update(shard.rows.astype("<i8").tobytes())
     found.update(np.packbits(shard.included).tobytes())
     for values in (shard.accuracy, shard.soft):

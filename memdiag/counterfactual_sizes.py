@@ -1,6 +1,6 @@
 """Carry out `memdiag counterfactual --sizes`: a run for every width, and how memorization changes from one to the next.
 
-Every width is a whole run in DIR/width-W, with the same subsets and seeds: what differs between two widths is the width.
+Every width is a whole run in DIR/width-W, with the same subsets and seeds: two widths differ in the width alone.
 
 Axes: s width, n example.
 """
@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from memdiag import counterfactual_run, counterfactual_view, size_trajectories, tables
-from memdiag.counterfactual_estimates import write_text
+from memdiag.counterfactual_estimates import read_summary, write_text
 from memdiag.counterfactual_report import INTERPOLATES, MEMORIZED, Counterfactual, CounterfactualOptions
 from memdiag.counterfactual_rows import SizeRow
 from memdiag.progress import Progress
@@ -69,7 +69,7 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
 
 def read(out: Path) -> Counterfactual:
     """What stands in a directory that the command wrote."""
-    return Counterfactual(tables.read(out / MAIN), json.loads((out / SUMMARY).read_text()), out)
+    return Counterfactual(tables.read(out / MAIN), read_summary(out / SUMMARY, "trajectories"), out)
 
 
 def _write(out: Path, widths: Sequence[int], found: Sequence[Counterfactual], meta: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def _warnings(widths: Sequence[int], found: Sequence[Counterfactual]) -> list[st
     if little:
         shares = ", ".join(f"{share:.1%} at width {width}" for width, share in little.items())
         said.append(
-            f"the models have learned {shares} of what they were trained on: memorization there is of what was learned, "
-            "and grows as more is; more --epochs learn more"
+            f"the models have learned {shares} of what they were trained on: memorization there is of what was "
+            "learned, and grows as more is; more --epochs learn more"
         )
     return said

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import memdiag
 from memdiag import agreement, counterfactual_view, tables, turnover_dropout
 from memdiag import device as devices
-from memdiag.counterfactual_estimates import write_text
+from memdiag.counterfactual_estimates import read_summary, write_text
 from memdiag.counterfactual_report import INTERPOLATES, Counterfactual, CounterfactualOptions
 from memdiag.counterfactual_rows import TurnOverRow
 from memdiag.errors import IncompleteError, InputError
@@ -96,7 +96,7 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
 
 def read(out: Path) -> Counterfactual:
     """What stands in a directory that the command wrote."""
-    return Counterfactual(tables.read(out / MAIN), json.loads((out / SUMMARY).read_text()), out)
+    return Counterfactual(tables.read(out / MAIN), read_summary(out / SUMMARY, "networks"), out)
 
 
 def _open(options: CounterfactualOptions) -> Inputs:

@@ -49,7 +49,7 @@ def print_table(found: Counterfactual) -> None:
 def _print_main(console: Console, about: dict[str, Any]) -> None:
     unit = "token accuracy" if about["language"] else "accuracy"
     console.print(
-        f"[bold]{about['model']}[/]  {about['models']:,} models, each on {about['subset_ratio']:.0%} of "
+        f"[bold]{_plain(about['model'])}[/]  {about['models']:,} models, each on {about['subset_ratio']:.0%} of "
         f"{about['examples']:,} examples ({about['groups']:,} coins)"
     )
     for name, title in (
@@ -131,8 +131,8 @@ def _print_top(console: Console, top: list[dict[str, Any]]) -> None:
 
 def _print_sizes(console: Console, about: dict[str, Any]) -> None:
     console.print(
-        f"[bold]{about['model']}[/]  widths {', '.join(map(str, about['widths']))}, {about['models']:,} models each, "
-        f"{about['examples']:,} examples"
+        f"[bold]{_plain(about['model'])}[/]  widths {', '.join(map(str, about['widths']))}, "
+        f"{about['models']:,} models each, {about['examples']:,} examples"
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("width", "accuracy in", "out", "held out", "memorization", ">= 0.25"):
@@ -182,6 +182,11 @@ def _plain(text: str) -> str:
     return escape(shown if len(shown) <= 60 else shown[:59] + "…")
 
 
+def _drawable(text: str) -> str:
+    """A name in letters that the font of a figure has."""
+    return "".join(letter if letter.isprintable() and ord(letter) < 0x250 else "?" for letter in text)
+
+
 def plot(found: Counterfactual, path: Path) -> None:
     """Draw the report."""
     if found.meta["report"] == "counterfactual":
@@ -207,7 +212,8 @@ def plot_report(report: Report, path: Path) -> None:
     left, right = canvas.subplots(1, 2)
     bins = np.linspace(min(0.0, float(np.floor(10 * mem[known].min()) / 10)) if known.any() else 0.0, 1.0, 31)
     groups = [mem[known & ~suspect], mem[known & suspect]] if suspect.any() else [mem[known]]
-    left.hist(groups, bins=bins.tolist(), stacked=True, color=[KEPT_COLOUR, HELD_COLOUR][: len(groups)], log=True)
+    colours = [KEPT_COLOUR, HELD_COLOUR][: len(groups)]
+    left.hist(groups, bins=bins.tolist(), stacked=True, color=colours, log=bool(known.any()))
     left.set(xlabel="memorization: p in − p out", ylabel="examples (log scale)")
     # many examples lie on the same few rates: a little noise shows how many
     jitter = np.random.default_rng(0).normal(0, 0.006, size=(2, len(mem)))
@@ -221,14 +227,13 @@ def plot_report(report: Report, path: Path) -> None:
     right.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
     right.annotate("memorization 0", (0.62, 0.58), fontsize=7, color="#666666", rotation=45, rotation_mode="anchor")
     right.set(xlabel="right without it (p out)", ylabel="right with it (p in)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    if suspect.any():
+    if (known & suspect).any():
         right.legend(fontsize=8, frameon=False, loc="lower right", markerscale=3)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     meta = report.meta
-    canvas.suptitle(
-        f"{meta['model']} on {meta['dataset']['name']}, {meta['n_models']} models", fontsize=9, x=0.01, ha="left"
-    )
+    title = f"{meta['model']} on {meta['dataset']['name']}, {meta['n_models']} models"
+    canvas.suptitle(_drawable(title), fontsize=9, x=0.01, ha="left", parse_math=False)  # a $ in a name is a $
     savefig(canvas, path)
 
 
@@ -253,7 +258,8 @@ def plot_sizes(found: Counterfactual, path: Path) -> None:
     axis.set_xticks(widths, labels=[str(width) for width in widths])
     axis.minorticks_off()
     axis.set(xlabel="width", ylabel="memorization, mean of the examples", ylim=(-0.05, 1.05))
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if axis.lines:
+        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     savefig(canvas, path)
 

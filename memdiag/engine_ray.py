@@ -26,7 +26,7 @@ STORE_BYTES = 80 * 2**20  # Ray's object store, by default 30 % of memory: about
 
 
 def _ray() -> Any:
-    # read when Ray is imported: it reports to nobody, and prints nothing on stdout when a worker dies, which is for us to say
+    # read when Ray is imported: it reports to nobody, and does not print to stdout that a worker died, as a log says so
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:

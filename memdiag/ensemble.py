@@ -7,9 +7,10 @@ Three ways, the same for every model of a run, whatever its neighbours:
                   z_l = a_{l−1} W_l + c_l      a_l = max(z_l, 0)      δ_{l−1} = (δ_l W_lᵀ) ∘ [a_{l−1} > 0]
                   V ← 0.9 V + a_{l−1}ᵀ δ_l + λ W_l      W_l ← W_l − η V
     vmap      any other module: torch.func.vmap over stacked parameters and buffers. The loss is the sum over models of
-              each model's mean, so that no gradient meets another's.
-    alone     one after another: modules that draw random numbers when they train (dropout), and those that vmap cannot
-              run or runs differently.
+              each model's mean, so that no gradient meets another's. How a model's sums are rounded depends on where
+              in the stack it lies and on the stack's size: stacks have one size, and a model its place.
+    alone     one after another: modules that draw random numbers when they train (dropout), those that vmap cannot run
+              or runs differently, and on a CPU those whose updates are so long that nothing is gained side by side.
 
 Model k's order of examples is a permutation of all n from its seed and the epoch, of which it skips those that it is
 not trained on: the order does not tell who is in.
@@ -20,7 +21,7 @@ Axes: m model, n example, b example of an update, t token, i o units of a layer,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import get_total_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from memdiag import observe, training
 from memdiag.errors import InputError, one_line
@@ -45,8 +46,11 @@ New = Callable[[int], nn.Module]
 
 RESIDENT = 2**30  # bytes of examples that are kept on the device
 AHEAD = 2**22  # places of examples drawn at once
-ALIGN = 16  # outputs of the last layer are padded to a multiple: a narrow matrix product takes as long as a wide one
+ALIGN = 16  # units are padded to a multiple, 64 bytes: where a model lies in memory then has no effect on its sums
 MOMENTUM = 0.9
+PLACES = {"cpu": 8, "cuda": 64}  # models of vmap's stacks, by kind of device
+HEAVY = 1e8  # operations of the forward pass of an update, beyond which a core is busy with one model
+MOST_STACKED = 2**28  # weights of a stack: 4 GiB with gradients and moments
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 TRIAL_S, ENOUGH = 0.1, 0.95  # of each size; a larger one is taken only if it needs less than this share of the time
 AGREE = 1e-4  # of vmap's gradient with the plain one, relative to the largest
@@ -58,10 +62,11 @@ class Member:
 
     seed: int  # of its initial weights and its order
     included: Bools  # (n,) the examples it is trained on, at least one
+    place: int = 0  # e.g. its number; vmap runs together what has different places, modulo the size of a stack
 
-
-class Diverged(Exception):
-    """The weights of some models are not finite numbers any more."""
+    def __post_init__(self) -> None:
+        if not self.included.any():
+            raise ValueError("a model is trained on at least one example")
 
 
 class Data:
@@ -72,7 +77,6 @@ class Data:
         inputs, n = examples.inputs, len(examples)
         self.labels = None if examples.labels is None else torch.from_numpy(examples.labels).to(device)
         self.length = int(inputs.lengths.max()) if isinstance(inputs, Corpus) else 0
-        self.padded = isinstance(inputs, Corpus) and bool((inputs.lengths < self.length).any())
         size = 8 * n * self.length if isinstance(inputs, Corpus) else inputs.nbytes
         self._kept = self._load(np.arange(n)) if n and size <= RESIDENT else None
 
@@ -94,8 +98,9 @@ class Data:
         if self._kept is None:
             values, lengths = self._load(flat.cpu().numpy())
         else:
-            values, lengths = self._kept[0][flat], None if self._kept[1] is None else self._kept[1][flat]
-        found = {} if self.labels is None else {"labels": self.labels[flat]}
+            kept, sizes = self._kept
+            values, lengths = kept.index_select(0, flat), None if sizes is None else sizes.index_select(0, flat)
+        found = {} if self.labels is None else {"labels": self.labels.index_select(0, flat)}
         if lengths is None:
             found["features"] = values
         else:
@@ -143,7 +148,8 @@ def way_of(new: New, data: Data, recipe: Recipe) -> tuple[str, str]:
     model = model.to(data.device).train()
     some = torch.arange(min(2, len(data)), device=data.device)
     try:
-        wanted = _gradients_alone(model, data.batch(some))
+        with training.seeded(0):  # whatever it draws, nothing leaks out
+            wanted = _gradients_alone(model, data.batch(some))
         pair = [new(0).to(data.device).train(), new(1).to(data.device).train()]
         state = _Stack(pair)
         with sdpa_kernel(SDPBackend.MATH):
@@ -157,7 +163,16 @@ def way_of(new: New, data: Data, recipe: Recipe) -> tuple[str, str]:
     own = dict(model.named_buffers())
     if any(not torch.allclose(state.buffers[name][0].double(), own[name].double(), rtol=AGREE) for name in own):
         return "alone", "what it keeps beside its weights is another under vmap"
+    if data.device.type == "cpu" and _operations(model, data, some) * recipe.batch_size / len(some) > HEAVY:
+        return "alone", "its updates keep a core busy without others"
     return "vmap", ""
+
+
+def _operations(model: nn.Module, data: Data, at: Tensor) -> int:
+    """Of a forward pass, as they are counted from the shapes of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _Loss(model)(data.batch(at))
+    return int(counter.get_total_flops())
 
 
 def _gradients_alone(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,13 +223,14 @@ def is_finite(model: nn.Module) -> bool:
 def size_of_chunk(new: New, data: Data, recipe: Recipe, *, way: str, most: int) -> int:
     """How many models to train at once: the smallest number that a larger one, in a quick trial, does not beat.
 
-    More is not better on a CPU, where the weights soon leave its cache.
+    More is not better on a CPU, where the weights soon leave its cache. With vmap as many as there are places, which
+    are computed whether they are taken or not.
 
     Args:
         most: models that there are to train.
     """
-    if way == "alone":
-        return 1
+    if way != "stacked":
+        return 1 if way == "alone" else _places(new(0).to(data.device))
     everyone = np.ones(len(data), dtype=np.bool_)
     best, best_s = 1, float("inf")
     for size in [size for size in SIZES if size <= most]:
@@ -233,12 +249,15 @@ def size_of_chunk(new: New, data: Data, recipe: Recipe, *, way: str, most: int) 
 def _timed(members: Sequence[Member], new: New, data: Data, recipe: Recipe, way: str) -> float:
     """Seconds of an update, from so many that they take a while; what a single one takes is setting up."""
 
+    on_cuda = data.device.type == "cuda"
+    clock = time.perf_counter if on_cuda else time.process_time  # of one thread, whatever else the machine does
+
     def taken(steps: int) -> float:
-        began = time.perf_counter()
+        began = clock()
         train(members, new, data, recipe, way=way, steps=steps)
-        if data.device.type == "cuda":
+        if on_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     taken(1)  # compiles and allocates
     one, steps = taken(1), 2
@@ -318,10 +337,10 @@ class _Stack:
         found: Tensor = self._losses(self.parameters, self.buffers, batch)
         return found
 
-    def unstack(self, models: Sequence[nn.Module]) -> None:
-        """Put each model's weights into it."""
+    def unstack(self, models: Mapping[int, nn.Module]) -> None:
+        """Put the weights of some places into models."""
         with torch.no_grad():
-            for i, model in enumerate(models):
+            for i, model in models.items():
                 for name, p in model.named_parameters():
                     p.copy_(self.parameters[name][i])
                 for name, buffer in model.named_buffers():
@@ -331,9 +350,27 @@ class _Stack:
 def _train_vmap(
     members: Sequence[Member], models: Sequence[nn.Module], data: Data, recipe: Recipe, steps: int
 ) -> None:  # fmt: skip
-    # one alone would be computed in another way than one of several, and differ in the last bit
-    stack = _Stack(models if len(models) > 1 else [*models, *models])
-    members = members if len(members) > 1 else [*members, *members]
+    size, waiting = _places(models[0]), list(zip(members, models))
+    while waiting:
+        taken: dict[int, tuple[Member, nn.Module]] = {}
+        for member, model in waiting:
+            taken.setdefault(member.place % size, (member, model))
+        now = {place: model for place, (_, model) in taken.items()}
+        waiting = [(member, model) for member, model in waiting if model is not now[member.place % size]]
+        spare = next(iter(taken.values()))  # what stands at a place that nobody has
+        seats = [taken.get(place, spare) for place in range(size)]
+        stack = _Stack([model for _, model in seats])
+        _train_stack([member for member, _ in seats], stack, data, recipe, steps)
+        stack.unstack(now)
+
+
+def _places(model: nn.Module) -> int:
+    """How many models of a kind are stacked."""
+    weights = list(model.parameters())
+    return max(1, min(PLACES.get(weights[0].device.type, 1), MOST_STACKED // sum(p.numel() for p in weights)))
+
+
+def _train_stack(members: Sequence[Member], stack: _Stack, data: Data, recipe: Recipe, steps: int) -> None:
     parameters = list(stack.parameters.values())
     decayed = [p for p in parameters if p.ndim > 2]  # a model's own have an axis less
     others = [p for p in parameters if p.ndim <= 2]
@@ -351,13 +388,12 @@ def _train_vmap(
             _set_lr(optimizer, recipe.lr_at(step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    stack.unstack(models)
 
 
 def _clip_each(parameters: Sequence[Tensor], longest: float) -> None:
     """As clip_grad_norm_ does it, each model by the length of its own gradient."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([get_total_norm([g[i] for g in gradients]) for i in range(len(gradients[0]))])
+    norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in gradients]).norm(dim=0)  # (m,)
     factors = (longest / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
@@ -381,25 +417,24 @@ def _train_stacked(
     m, b, labels = len(models), recipe.batch_size, data.labels
     assert labels is not None
     layers = [[layer for layer in model.modules() if isinstance(layer, nn.Linear)] for model in models]
-    # (m, i, o) and (m, 1, o), a copy, the last layer's padded
-    weights = [torch.stack([layer.weight.T for layer in same]) for same in zip(*layers)]
-    biases = [torch.stack([layer.bias for layer in same])[:, None] for same in zip(*layers)]
-    n_classes = weights[-1].shape[2]
-    more = -n_classes % ALIGN
-    weights[-1], biases[-1] = F.pad(weights[-1], (0, more)), F.pad(biases[-1], (0, more))
+    # (m, i, o) and (m, 1, o), a copy, padded by units that stay 0; those of the last layer have probability e^−∞
+    weights = [_padded(torch.stack([layer.weight.T for layer in same]), 1, 2) for same in zip(*layers)]
+    biases = [_padded(torch.stack([layer.bias for layer in same])[:, None], 2) for same in zip(*layers)]
+    biases[-1][..., layers[0][-1].out_features :] = -torch.inf
     motions = [torch.zeros_like(w) for w in weights]
     bias_motions = [torch.zeros_like(c) for c in biases]
     minus_one = torch.full((m, b, 1), -1.0, device=data.device)
     config = models[0].config
     assert isinstance(config, MlpConfig)
+    if int(labels.max()) >= config.widths[-1]:
+        raise InputError(f"the model has {config.widths[-1]} outputs, and there is a label {int(labels.max())}")
     last = len(weights) - 1
     for step, at in enumerate(places(members, len(data), b, steps, data.device)):
         batch = data.batch(at)
-        activations = [scaled(batch["features"].flatten(2), config.input_mean, config.input_std)]
+        activations = [_padded(scaled(batch["features"].flatten(2), config.input_mean, config.input_std), 2)]
         for layer in range(last):
             activations.append(torch.baddbmm(biases[layer], activations[-1], weights[layer]).relu_())
-        z = torch.baddbmm(biases[last], activations[-1], weights[last])
-        delta = F.pad(z[..., :n_classes].softmax(-1), (0, more))
+        delta = torch.baddbmm(biases[last], activations[-1], weights[last]).softmax(-1)
         delta.scatter_add_(-1, batch["labels"][..., None], minus_one).mul_(1 / b)
         lr = recipe.lr_at(step)
         for layer in range(last, -1, -1):
@@ -409,10 +444,16 @@ def _train_stacked(
                 motion.add_(weights[layer], alpha=recipe.weight_decay)
             bias_motions[layer].mul_(MOMENTUM).add_(delta.sum(1, keepdim=True))
             weights[layer].add_(motion, alpha=-lr)
-            biases[layer].add_(bias_motions[layer], alpha=-lr)
+            biases[layer].sub_(bias_motions[layer] * lr)  # rounded twice in every place; with alpha= in some once
             if back is not None:
                 delta = torch.ops.aten.threshold_backward(back, activations[layer], 0)
     for i, own in enumerate(layers):
         for layer, module in enumerate(own):
-            module.weight.copy_(weights[layer][i, :, : module.out_features].T)
+            module.weight.copy_(weights[layer][i, : module.in_features, : module.out_features].T)
             module.bias.copy_(biases[layer][i, 0, : module.out_features])
+
+
+def _padded(x: Tensor, *axes: int) -> Tensor:
+    """With zeros at the end of some axes, so that their lengths are multiples."""
+    more = [-x.shape[axis] % ALIGN if axis in axes else 0 for axis in range(x.ndim)]
+    return F.pad(x, [n for length in reversed(more) for n in (0, length)]) if any(more) else x

@@ -1,31 +1,34 @@
-"""Carry out `memdiag reproduce gapt-*`: run by run, resumable, several side by side, then effect by effect."""
+"""Carry out `memdiag reproduce gapt-*` and `long-tail`: run by run, resumable, side by side, then effect by effect."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 import memdiag
 from memdiag import device as devices
-from memdiag import grokking, tables, workers
+from memdiag import grokking, reproduce_gapt, tables, workers
 from memdiag.dataset import open_dataset
 from memdiag.errors import unknown
 from memdiag.progress import Progress
 from memdiag.reproduce_effects import Arm, Effect, judge
-from memdiag.reproduce_gapt import experiment
-from memdiag.reproduce_report import EFFECT_REPORTS, ReproducedEffects, ReproduceOptions, RunRow
+from memdiag.reproduce_report import EFFECT_REPORTS, TAIL, ReproducedEffects, ReproduceOptions, RunRow
 
 log = logging.getLogger("memdiag")
 MAIN = "effects"  # the report that is written last: where it stands, all is there
+GAPT_PAPER = "Yu 2025, Memorization-Compression Cycles Improve Generalization, arXiv:2505.08727"
+TAIL_PAPER = "Feldman and Zhang 2020, What Neural Networks Memorize and Why, arXiv:2008.03703"
 Job = tuple[str, str, int, ReproduceOptions, Path]  # experiment, arm, seed
 
 
@@ -48,6 +51,11 @@ class Work:
     def claimed(self) -> str:
         """A fingerprint of the effects, which are no options but part of a version."""
         return _digest([dataclasses.asdict(effect) for effect in self.effects])
+
+
+def experiment(name: str) -> ModuleType:
+    """The module of an experiment; see `reproduce_gapt` for what is in it. The one of long-tail has more."""
+    return importlib.import_module("memdiag.reproduce_tail") if name == TAIL else reproduce_gapt.experiment(name)
 
 
 def _digest(value: Any) -> str:
@@ -102,12 +110,15 @@ def run(name: str, options: ReproduceOptions, out: Path, *, force: bool, progres
     parts = tables.Parts(out, begun, force=force)
     try:
         module = experiment(name)
+        if name == TAIL:
+            arms = [arm.name for arm in work.arms]
+            module.prepare(arms, work.seeds, options.preset, parts.directory, progress)
         waiting = [
             [(arm, seed) for arm, seed in round_ if not parts.has(_file(arm, seed), _file(arm, seed), _part(arm, seed))]
             for round_ in work.rounds()
         ]
         total = sum(module.steps(options.preset, arm) for round_ in waiting for arm, _ in round_)
-        progress.start("training", total, unit="updates")
+        progress.start("training", total, unit="networks" if name == TAIL else "updates")
         for round_ in waiting:
             jobs = [(name, arm, seed, options, parts.directory) for arm, seed in round_]
             workers.each(_one, jobs, progress, one_by_one=_device(name, options).type != "cpu")
@@ -126,7 +137,7 @@ def read(out: Path) -> ReproducedEffects:
 
 def _device(name: str, options: ReproduceOptions) -> torch.device:
     """What the networks are trained on: small ones on the CPU, one a core."""
-    is_small = options.preset == "smoke" or name == "gapt-conflict"
+    is_small = options.preset == "smoke" or name in ("gapt-conflict", TAIL)
     return devices.resolve("cpu" if is_small else "auto")
 
 
@@ -144,7 +155,9 @@ def _one(job: Job, advance: Callable[[int], None]) -> None:
     module = experiment(name)
     needs = next(a.needs for a in module.ARMS if a.name == arm)
     given = None if needs is None else _measures(tables.read(directory / f"{_file(needs, seed)}.parquet"))
-    more = {} if options.data is None else {"data": options.data}
+    more: dict[str, Any] = {} if options.data is None else {"data": options.data}
+    if name == TAIL:
+        more["directory"] = directory
     alone = contextlib.nullcontext() if options.preset == "paper" else grokking.one_thread()
     with alone:
         found = module.run(arm, seed, options.preset, given, advance, **more)
@@ -176,7 +189,7 @@ def _assemble(parts: tables.Parts, out: Path, work: Work, options: dict[str, Any
             "memdiag_version": memdiag.__version__,
             "options": options,
             "seed": work.seeds,
-            "paper": "Yu 2025, Memorization-Compression Cycles Improve Generalization, arXiv:2505.08727",
+            "paper": TAIL_PAPER if work.name == TAIL else GAPT_PAPER,
             "device": devices.describe(device),
             "dtype": "float32 weights, bfloat16 products" if device.type == "cuda" else "float32",
             "torch": torch.__version__,
@@ -189,11 +202,15 @@ def plan(name: str, options: ReproduceOptions) -> dict[str, object]:
     """What `run` would take; writes nothing."""
     work = work_of(name, options)
     runs = [job for round_ in work.rounds() for job in round_]
+    module = experiment(name)
+    steps = sum(module.steps(options.preset, arm) for arm, _ in runs)
+    arms = [arm.name for arm in work.arms]
+    more = module.planned(arms, work.seeds, options.preset, steps) if name == TAIL else {"updates": steps}
     return {
         "effects": len(work.effects),
-        "arms": [arm.name for arm in work.arms],
+        "arms": arms,
         "runs": len(runs),
-        "updates": sum(experiment(name).steps(options.preset, arm) for arm, _ in runs),
+        **more,
         "processes": max(1, min(len(runs), os.cpu_count() or 1)),
         "disk_expected_kb": 20 + 6 * len(runs),
     }

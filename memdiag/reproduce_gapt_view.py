@@ -13,6 +13,7 @@ from memdiag.reproduce_report import ReproducedEffects
 
 Row = dict[str, Any]
 STYLES = {"agrees": "green", "disagrees": "bold red", "inconclusive": "dim"}
+OTHER_DATA = "of other data"  # how a note begins where the paper's figure cannot stand beside ours
 COLOURS = {"baseline": "#9aa0a6", "treated": "#b03a2e", "control": "#1f4e79"}
 
 
@@ -60,6 +61,8 @@ def print_table(found: ReproducedEffects) -> None:
     counts = ", ".join(f"{n} {v}" for v in STYLES for n in [sum(row["verdict"] == v for row in rows)] if n)
     seeds = max((row["n_seeds"] for row in rows), default=0)
     console.print(f"{counts}; n = {seeds} seeds, ± and ranges are 95 % t intervals, changes are paired by seed")
+    for note in dict.fromkeys(row["paper_note"] for row in rows if row["paper_note"].startswith(OTHER_DATA)):
+        console.print(f"[dim]the paper's figure is[/] {escape(note)}")
     console.print("[dim]directory:[/] ", end="")
     console.print(str(found.path), markup=False, soft_wrap=True)
 
@@ -126,5 +129,7 @@ def plot(found: ReproducedEffects, path: Path) -> None:
         axis.set_ylabel(rows[0]["measure"], fontsize=8)
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.spines[["top", "right"]].set_visible(False)
-    canvas.supxlabel("dots: runs; beside them mean and 95 % interval; dotted: the paper's figure", fontsize=8)
+    dotted = any(row["paper"] is not None for _, rows in effects for row in rows)
+    more = "; dotted: the paper's figure" if dotted else ""
+    canvas.supxlabel(f"dots: runs; beside them mean and 95 % interval{more}", fontsize=8)
     savefig(canvas, path)

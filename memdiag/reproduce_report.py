@@ -21,10 +21,13 @@ from memdiag.progress import Progress
 from memdiag.tables import column
 
 GAPT = {"gapt-lm": "lm", "gapt-multiplication": "multiplication", "gapt-conflict": "conflict"}  # name -> its module
-SEEDS = {"grok": "0,1,2", "gapt-conflict": "0,1,2,3,4,5,6,7"} | dict.fromkeys(
+TAIL = "long-tail"
+EXPERIMENTS = (*GAPT, TAIL)  # which have arms and effects; grok has claims
+SEEDS = {"grok": "0,1,2", "gapt-conflict": "0,1,2,3,4,5,6,7", TAIL: "0,1,2,3,4,5"} | dict.fromkeys(
     ("gapt-lm", "gapt-multiplication"), "0,1,2,3,4"
 )  # by default
-NAMES = ("grok", *GAPT)
+PAPER_SEEDS = {TAIL: ",".join(map(str, range(20)))}  # by default of the preset paper, where they are others
+NAMES = ("grok", *EXPERIMENTS)
 PRESETS = ("smoke", "paper")
 MOST_SEEDS = 1000
 
@@ -200,11 +203,14 @@ class ReproduceOptions:
         """
         if name not in NAMES:
             raise unknown("paper to reproduce", name, NAMES)
-        if name in GAPT and (self.no_map or self.dtype != "float32"):
+        if name in EXPERIMENTS and (self.no_map or self.dtype != "float32"):
             raise InputError(f"--{'no-map' if self.no_map else 'dtype'} goes with grok, not with {name}; leave it out")
         if name != "gapt-lm" and self.data is not None:
             raise InputError(f"--data goes with gapt-lm; {name} makes its own data")
-        return self if self.seeds is not None else dataclasses.replace(self, seeds=SEEDS[name])
+        if self.seeds is not None:
+            return self
+        own = PAPER_SEEDS if self.preset == "paper" else {}
+        return dataclasses.replace(self, seeds=own.get(name, SEEDS[name]))
 
     def seed_list(self) -> list[int]:
         """The seeds as numbers.
@@ -287,7 +293,8 @@ def reproduce(
 
     Args:
         name: the paper; grok: Doshi et al. 2023, "To grok or not to grok" (arXiv:2310.13061); gapt-lm,
-            gapt-multiplication, gapt-conflict: the experiments of Yu 2025 (arXiv:2505.08727).
+            gapt-multiplication, gapt-conflict: the experiments of Yu 2025 (arXiv:2505.08727); long-tail: Feldman and
+            Zhang 2020, "What neural networks memorize and why" (arXiv:2008.03703).
         out: the directory to write to; None keeps the reports in memory only.
         force: replace what stands at `out`.
         progress: shows how far it is.
@@ -319,7 +326,7 @@ def measure(
     from memdiag import reproduce_gapt_run, reproduce_run
 
     options = options.settled_for(name)
-    carry_out = reproduce_gapt_run.run if name in GAPT else reproduce_run.run
+    carry_out = reproduce_gapt_run.run if name in EXPERIMENTS else reproduce_run.run
     return carry_out(name, options, out, force=force, progress=progress or Progress())
 
 
@@ -327,7 +334,7 @@ def plan(name: str, options: ReproduceOptions) -> dict[str, object]:
     """What `measure` would do, after trying a few steps: networks, steps, time, memory, disk."""
     from memdiag import reproduce_gapt_run, reproduce_run
 
-    planned = reproduce_gapt_run.plan if name in GAPT else reproduce_run.plan
+    planned = reproduce_gapt_run.plan if name in EXPERIMENTS else reproduce_run.plan
     return planned(name, options.settled_for(name))
 
 

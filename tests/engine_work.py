@@ -118,6 +118,22 @@ class Deadly:
         return os._exit, (7,)
 
 
+class Unsteady:
+    """A number that kills two of three processes that unpickle it."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.given = folder, number
+
+    def __reduce__(self) -> tuple[Callable[[Path, int], int], tuple[Path, int]]:
+        return two_of_three_die, self.given
+
+
+def two_of_three_die(folder: Path, number: int) -> int:
+    if mark(folder, 1000) % 3 < 2:
+        os._exit(7)
+    return number
+
+
 def run(
     function: Callable[..., None],
     chunks: Iterable[Iterable[int]],

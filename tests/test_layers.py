@@ -38,7 +38,7 @@ LAYER = {
     "reproduce_gapt": 9, "reproduce_gapt_run": 10, "prune_run": 10,
     "memorization": 6, "influence": 6, "size_trajectories": 6, "ensemble": 7, "turnover_dropout": 7,
     "counterfactual_rows": 3, "counterfactual_report": 6, "counterfactual_shards": 6, "counterfactual_view": 7,
-    "counterfactual_summary": 7, "counterfactual_estimates": 8, "counterfactual_job": 10, "counterfactual_run": 11,
+    "counterfactual_summary": 7, "counterfactual_estimates": 8, "counterfactual_job": 10, "counterfactual_run": 11, "reproduce_tail_arms": 7, "reproduce_tail": 11,
     "counterfactual_sizes": 12, "counterfactual_turnover": 12,
     "cli": 13,
     "__main__": 14,

@@ -132,6 +132,8 @@ def counterfactual(
     if plot is not None:
         drawing.check_plot(plot)
     if what and what[0] == "merge":
+        if dry_run:
+            raise InputError("merge trains nothing that could be planned; leave --dry-run out")
         found = counterfactual_report.merge([Path(path) for path in what[1:]], out=out, force=force)
         finish(counterfactual_view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)
         return

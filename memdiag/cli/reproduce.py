@@ -10,7 +10,9 @@ from memdiag.cli.measure import begin, finish, print_plan
 
 
 def reproduce(
-    name: Annotated[str, o.argument(metavar="NAME", help="grok, gapt-lm, gapt-multiplication, gapt-conflict.")],
+    name: Annotated[
+        str, o.argument(metavar="NAME", help="grok, gapt-lm, gapt-multiplication, gapt-conflict, long-tail.")
+    ],
     preset: Annotated[str, o.option(help="smoke: smaller networks, minutes; paper: the paper's settings.")] = "smoke",
     seeds: Annotated[
         str | None,
@@ -43,6 +45,8 @@ def reproduce(
     gapt-lm, gapt-multiplication, gapt-conflict: Yu 2025, "Memorization-Compression Cycles Improve Generalization",
     arXiv:2505.08727.
 
+    long-tail: Feldman and Zhang 2020, "What Neural Networks Memorize and Why", arXiv:2008.03703.
+
     Example: memdiag reproduce grok --plot phases.png
     """
     begin(online=online, quiet=quiet)
@@ -57,10 +61,10 @@ def reproduce(
         return
     if plot is not None:
         drawing.check_plot(plot)
-        if name not in reproduce_report.GAPT:
+        if name not in reproduce_report.EXPERIMENTS:
             reproduce_view.check_map(settings)
     with Progress(show=not quiet) as progress:
         place = out or Path(f"reproduce-{name}")
         found = reproduce_report.measure(name, settings, out=place, force=force, progress=progress)
-    view = reproduce_gapt_view if name in reproduce_report.GAPT else reproduce_view
+    view = reproduce_gapt_view if name in reproduce_report.EXPERIMENTS else reproduce_view
     finish(view, found, plot=plot, as_json=as_json, show=show, quiet=quiet)
