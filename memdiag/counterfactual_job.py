@@ -91,7 +91,7 @@ class Job:
                 "--subset-ratio"
             )
         state = np.random.SeedSequence([self.options.seed, MODEL_SEED, k]).generate_state(1)
-        return Member(int(state[0]), included)
+        return Member(int(state[0]), included, k)
 
 
 def open_job(options: CounterfactualOptions) -> Job:
@@ -152,11 +152,12 @@ def job_of(options: CounterfactualOptions) -> Job:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums are added up in the same order on every machine."""
+    """Sums are added up in the same order every time; convolutions on a GPU in float32, as everything else."""
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
     finally:
         torch.set_num_threads(n)
 
@@ -185,7 +186,15 @@ def train_chunk(
     with one_thread():
         began = time.perf_counter()
         members = [job.member(k) for k in chunk]
-        models = ensemble.train(members, job.inputs.new, job.data, job.recipe, way=job.way)
+        try:
+            models = ensemble.train(members, job.inputs.new, job.data, job.recipe, way=job.way)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise IncompleteError(
+                f"{job.inputs.name}: memory ran out with models trained together ({job.way}); try --chunk 1 in another "
+                "--out, or a smaller --batch-size"
+            ) from None
         for k, member, model in zip(chunk, members, models):
             if not ensemble.is_finite(model):
                 raise IncompleteError(

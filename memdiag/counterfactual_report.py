@@ -27,6 +27,10 @@ from memdiag.train_report import TrainOptions
 MODELS, FEWEST, MOST = 100, 50, 10**6  # FEWEST: below it a figure of an example says little
 INTERPOLATES = 0.99  # accuracy on what was trained on, below which memorization misses what was not learned
 MEMORIZED = 0.25  # what Feldman and Zhang count as memorized
+_OF_SUBSETS = (
+    "test", "test_fraction", "group_by", "first_model", "subset_ratio", "design", "until_width", "max_models",
+    "min_influence", "top", "engine", "ray_address", "ray_gpus", "chunk",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,11 @@ class CounterfactualOptions:
             raise InputError("--until-width counts the models from 0; leave --first-model out")
         if self.sizes is not None and self.turn_over_dropout:
             raise InputError("--sizes and --turn-over-dropout are two ways to measure; give one of them")
-        for name in ("until_width", "group_by") if self.turn_over_dropout else ():
-            if getattr(self, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')} is about subsets, and --turn-over-dropout has none")
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _OF_SUBSETS if self.turn_over_dropout else ():
+            if getattr(self, name) != usual[name]:
+                told = f"--{name.replace('_', '-')} is about models on subsets"
+                raise InputError(f"{told}, and --turn-over-dropout has none; leave it out")
         if self.turn_over_dropout and (self.model or self.config or self.arch not in (None, "mlp")):
             raise InputError("--turn-over-dropout trains an MLP on features; leave --model, --config and --arch out")
         for name in ("width", "until_width") if self.sizes is not None else ():
@@ -250,9 +256,9 @@ def measure(
 
 def merge(directories: Sequence[Path], *, out: Path, force: bool = False) -> Counterfactual:
     """`merge_counterfactual`; writes to `out` and returns what it wrote."""
-    from memdiag import counterfactual_estimates
+    from memdiag import counterfactual_merge
 
-    return counterfactual_estimates.merge(directories, out, force=force)
+    return counterfactual_merge.merge(directories, out, force=force)
 
 
 def plan(options: CounterfactualOptions) -> dict[str, object]:

@@ -27,7 +27,7 @@ from memdiag.counterfactual_estimates import EXAMPLES, LOGS, MADE, MAIN
 from memdiag.counterfactual_job import Job, job_of, one_thread, train_chunk
 from memdiag.counterfactual_report import Counterfactual, CounterfactualOptions
 from memdiag.counterfactual_rows import ExampleRow
-from memdiag.counterfactual_shards import FOLDER, items_in, read_shard, shard_path
+from memdiag.counterfactual_shards import FOLDER, is_of, items_in, read_shard, shard_path
 from memdiag.errors import InputError
 from memdiag.progress import Progress
 
@@ -51,9 +51,9 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
 
         return counterfactual_sizes.run(options, out, force=force, progress=progress)
     job = opened(options)
-    there = tables.check_directory(
+    there = not _is_begun(out, job, force=force) and tables.check_directory(
         out, MAIN, lambda: job.identity, force=force, command="counterfactual", made=MADE
-    )  # fmt: skip
+    )
     if there and (found := _finished(out, options)) is not None:
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
         tables.remove_leftovers(out, job.identity)
@@ -73,8 +73,12 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
 
 def plan(options: CounterfactualOptions) -> dict[str, object]:
     """What `run` would take, from a quick trial; writes nothing."""
+    if options.turn_over_dropout:
+        from memdiag import counterfactual_turnover
+
+        return counterfactual_turnover.plan(options)
     job = opened(options)
-    items = options.items(options.models or (1 if options.turn_over_dropout else None))
+    items = options.items()
     widths = options.widths()
     size = chunk_size(job, len(items))
     members = [job.member(k) for k in items[: min(size, len(items))]]
@@ -108,6 +112,20 @@ def opened(options: CounterfactualOptions) -> Job:
     if job.why and job.options.chunk != 1:
         log.info("models are trained %s: %s", job.way, job.why)
     return job
+
+
+def _is_begun(out: Path, job: Job, *, force: bool) -> bool:
+    """Whether shards of this run stand there and its report does not, or is damaged: days of training are not lost."""
+    if force or not any(is_of(out / FOLDER, k, job.digest) for k in items_in(out / FOLDER)):
+        return False
+    try:
+        tables.read_meta(out / MAIN)
+    except InputError as error:
+        if (out / MAIN).is_file():
+            log.warning("%s; it is written again", str(error).partition(";")[0])
+            (out / MAIN).unlink()
+        return not (out / MAIN).exists()
+    return False
 
 
 def _finished(out: Path, options: CounterfactualOptions) -> Counterfactual | None:

@@ -120,6 +120,14 @@ def read_shard(folder: Path, item: int, run: str | None = None) -> Shard:
     return found
 
 
+def is_of(folder: Path, item: int, run: str) -> bool:
+    """Whether a shard says that it is of this run; its rows are not looked at."""
+    try:
+        return tables.read_meta(shard_path(folder, item)).get("run") == run
+    except InputError:
+        return False
+
+
 def time_of(folder: Path, item: int) -> Mapping[str, Any]:
     """Seconds and engine of a model, if they are known; nothing depends on what the file says."""
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +93,27 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
     finally:
         parts.close()
     return read(out)
+
+
+def plan(options: CounterfactualOptions) -> dict[str, object]:
+    """What `run` would take, from a few updates; writes nothing."""
+    inputs = _open(options)
+    epochs, recipe = recipe_of(inputs)
+    assert inputs.config is not None
+    few, networks = dataclasses.replace(recipe, steps=min(20, recipe.steps)), options.models or 1
+    device = devices.resolve(options.device)
+    began = time.perf_counter()
+    turnover_dropout.fit(inputs.examples, MlpConfig.from_json(inputs.config), few, device=device)
+    seconds = (time.perf_counter() - began) / few.steps * recipe.steps
+    return {
+        "data": inputs.train.name,
+        "examples": len(inputs.examples),
+        "networks": networks,
+        "epochs": epochs,
+        "updates_of_a_network": recipe.steps,
+        "device": devices.describe(device),
+        "seconds_expected": round(seconds * networks, 1),
+    }
 
 
 def read(out: Path) -> Counterfactual:

@@ -153,7 +153,8 @@ def _print_sizes(console: Console, about: dict[str, Any]) -> None:
 
 
 def _print_turn_over(console: Console, about: dict[str, Any]) -> None:
-    console.print(f"[bold]turn-over dropout[/]  {about['networks']} networks, {about['examples']:,} examples")
+    count = f"{about['networks']} network{'s' if about['networks'] > 1 else ''}"
+    console.print(f"[bold]turn-over dropout[/]  {count}, {about['examples']:,} examples")
     for name, title in (
         ("own_accuracy", "accuracy with the units that saw the example"),
         ("flipped_accuracy", "with the units that did not"),
@@ -213,7 +214,9 @@ def plot_report(report: Report, path: Path) -> None:
     bins = np.linspace(min(0.0, float(np.floor(10 * mem[known].min()) / 10)) if known.any() else 0.0, 1.0, 31)
     groups = [mem[known & ~suspect], mem[known & suspect]] if suspect.any() else [mem[known]]
     colours = [KEPT_COLOUR, HELD_COLOUR][: len(groups)]
-    left.hist(groups, bins=bins.tolist(), stacked=True, color=colours, log=bool(known.any()))
+    # one over the other and not stacked: on a log scale the upper part of a stack has no meaning
+    for values, colour in zip(groups, colours):
+        left.hist(values, bins=bins.tolist(), color=colour, alpha=0.75, log=bool(known.any()))
     left.set(xlabel="memorization: p in − p out", ylabel="examples (log scale)")
     # many examples lie on the same few rates: a little noise shows how many
     jitter = np.random.default_rng(0).normal(0, 0.006, size=(2, len(mem)))
@@ -274,10 +277,9 @@ def plot_turn_over(report: Report, path: Path) -> None:
     canvas = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axis = canvas.subplots()
     groups = [values[~suspect], values[suspect]] if suspect.any() else [values]
-    axis.hist(
-        groups, bins=40, stacked=True, color=[KEPT_COLOUR, HELD_COLOUR][: len(groups)], log=True,
-        label=["examples", "suspect"][: len(groups)],
-    )  # fmt: skip
+    bins = np.histogram_bin_edges(values, 40).tolist()
+    for of, colour, label in zip(groups, (KEPT_COLOUR, HELD_COLOUR), ("examples", "suspect")):
+        axis.hist(of, bins=bins, color=colour, alpha=0.75, log=True, label=label)
     axis.set(xlabel="self-influence (nats)", ylabel="examples (log scale)")
     if suspect.any():
         axis.legend(fontsize=8, frameon=False)

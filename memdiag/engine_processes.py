@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 from memdiag.errors import IncompleteError, InputError
@@ -163,7 +164,10 @@ class Processes:
             return [self._end(seat, f"the process ended with {how}{why}\n")]
         self._stillborn += 1  # it never had the chunk
         if self._stillborn >= STARTS:
-            raise IncompleteError("worker processes end before they begin; run the same command again to go on")
+            raise IncompleteError(
+                "worker processes end before they begin; a script must call memdiag under if __name__ == '__main__'; "
+                "else run the same command again to go on"
+            )
         self._start(seat)
         return []
 
@@ -192,6 +196,7 @@ class Processes:
 def _one_thread_no_ctrl_c() -> Iterator[None]:
     """What a process that starts now is born with: Ctrl-C is this process's to answer, and cores are shared out."""
     before = os.environ.get("OMP_NUM_THREADS")
+    resource_tracker.ensure_running()  # which unblocks the signal when it starts
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ["OMP_NUM_THREADS"] = "1"
     try:

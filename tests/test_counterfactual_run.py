@@ -1092,8 +1092,8 @@ def test_turn_over_dropout_goes_on_with_the_next_network(here, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"until_width": 0.1}, "--until-width is about subsets"),
-        ({"group_by": "who"}, "--group-by is about subsets"),
+        ({"until_width": 0.1}, "--until-width is about models on subsets"),
+        ({"group_by": "who"}, "--group-by is about models on subsets"),
         ({"arch": "transformer"}, "trains an MLP on features"),
         ({"config": "gpt.json", "width": None}, "trains an MLP on features"),
         ({"model": "pkg.module:net", "width": None}, "trains an MLP on features"),
@@ -1237,10 +1237,11 @@ def test_json_is_one_object(run, mine):
 def test_a_dry_run_writes_nothing(run, here):
     before = files_of(here)
     for more in ([], ["--json"], ["--sizes", "2,4"], ["--turn-over-dropout"]):
-        rest = [word for name in ("epochs", "chunk", "models") for word in (f"--{name}", str(SMALL[name]))]
+        chunk = [] if "--turn-over-dropout" in more else ["--chunk", str(SMALL["chunk"])]
+        rest = ["--epochs", str(SMALL["epochs"]), "--models", str(SMALL["models"]), *chunk]
         code, stdout, stderr = run("counterfactual", "data.jsonl", *rest, "--dry-run", *more)
         assert (code, stderr) == (0, ""), stderr
-        assert "models" in stdout
+        assert "examples" in stdout
     code, stdout, stderr = run("counterfactual", "--data", "data.jsonl", *words(), "--dry-run", "--json")
     told = json.loads(stdout)
     assert (told["models"], told["examples"], told["groups"], told["held_out"]) == (10, 40, 37, 9)

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from memdiag import InputError, tables
-from memdiag.counterfactual_estimates import EXAMPLES, Examples, _ranges, estimate
+from memdiag.counterfactual_estimates import EXAMPLES, Examples, estimate
+from memdiag.counterfactual_merge import _ranges
 from memdiag.counterfactual_rows import ExampleRow, ShardRow
 from memdiag.counterfactual_shards import (
     FOLDER,

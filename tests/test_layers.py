@@ -19,7 +19,8 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 # A module imports from lower ones only. A new module needs a line here.
 LAYER = {
     "errors": 0, "progress": 0, "ranks": 0, "spectrum": 0, "keywords": 1,
-    "modular": 1, "drawing": 1, "workers": 1, "gapt": 1, "subsets": 1, "engine_processes": 2, "engine_ray": 3, "engine": 4,
+    "modular": 1, "drawing": 1, "workers": 1, "gapt": 1, "subsets": 1,
+    "engine_processes": 2, "engine_ray": 3, "engine": 4,
     "__init__": 2, "tables": 2, "tasks": 2, "models": 2, "device": 2, "mbe": 2,
     "checkpoint": 3, "dataset": 3, "scores": 3, "trajectory": 3,
     "packing": 4, "observe": 4, "fourier": 4, "attribution": 4, "pruning": 4,
@@ -38,7 +39,8 @@ LAYER = {
     "reproduce_gapt": 9, "reproduce_gapt_run": 10, "prune_run": 10,
     "memorization": 6, "influence": 6, "size_trajectories": 6, "ensemble": 7, "turnover_dropout": 7,
     "counterfactual_rows": 3, "counterfactual_report": 6, "counterfactual_shards": 6, "counterfactual_view": 7,
-    "counterfactual_summary": 7, "counterfactual_estimates": 8, "counterfactual_job": 10, "counterfactual_run": 11, "reproduce_tail_arms": 7, "reproduce_tail": 11,
+    "counterfactual_summary": 7, "counterfactual_estimates": 8, "counterfactual_merge": 9,
+    "counterfactual_job": 10, "counterfactual_run": 11, "reproduce_tail_arms": 7, "reproduce_tail": 11,
     "counterfactual_sizes": 12, "counterfactual_turnover": 12,
     "cli": 13,
     "__main__": 14,
@@ -54,7 +56,7 @@ LAZILY_UPWARDS = {
     ("train_gapt_report", "train_gapt_run"),
     ("train_gapt_report", "train_gapt_compare"),
     ("counterfactual_report", "counterfactual_run"),
-    ("counterfactual_report", "counterfactual_estimates"),
+    ("counterfactual_report", "counterfactual_merge"),
     ("counterfactual_run", "counterfactual_sizes"),
     ("counterfactual_run", "counterfactual_turnover"),
     ("reproduce_report", "reproduce_run"),
@@ -67,7 +69,8 @@ WITHOUT_TORCH = [
     "memdiag.modular", "memdiag.drawing", "memdiag.gapt", "memdiag.train_gapt_report",
     "memdiag.train_gapt_view", "memdiag.reproduce_gapt_view",
     "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report", "memdiag.scores", "memdiag.trajectory",
-    "memdiag.train_report", "memdiag.counterfactual_report", "memdiag.counterfactual_view", "memdiag.score_report", "memdiag.score_view", "memdiag.second_split_report",
+    "memdiag.train_report", "memdiag.counterfactual_report", "memdiag.counterfactual_view",
+    "memdiag.score_report", "memdiag.score_view", "memdiag.second_split_report",
 ]  # fmt: skip
 
 
