@@ -33,7 +33,7 @@ $(VENV)/.real: $(STAMP)
 	@touch $@
 
 test: $(STAMP) $(VENV)/.real ## run the tests (ARGS='-k name' to choose)
-	@$(THREADS) $(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(STAMP) ## ruff, ruff format --check, mypy --strict
 	@$(BIN)/ruff check .

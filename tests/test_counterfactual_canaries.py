@@ -19,6 +19,8 @@ from memdiag.counterfactual_shards import read_shard
 T, VOCABULARY = 32, 512
 MODELS = 8
 
+pytestmark = pytest.mark.xdist_group("canaries")  # the models are trained once
+
 
 @pytest.fixture(scope="module")
 def canaries(tmp_path_factory):

@@ -9,6 +9,8 @@ import memdiag
 NOISY = "task:digits?split=train&corruption=0.1"
 TEST = "task:digits?split=test"
 
+pytestmark = pytest.mark.xdist_group("digits")  # the models are trained once
+
 
 @pytest.fixture(scope="module")
 def hundred(tmp_path_factory):
