@@ -30,7 +30,7 @@ from memdiag.memorization import Kind, Memorization, Sums
 
 MAIN, INFLUENCE, MODELS = "counterfactual.parquet", "influence.parquet", "models.parquet"  # MAIN comes last
 EXAMPLES, SUMMARY, PLOT, LOGS = "examples.parquet", "summary.json", "histogram.png", "logs"
-MADE = [MAIN, INFLUENCE, MODELS, EXAMPLES, SUMMARY, PLOT, FOLDER, LOGS]
+MADE = [MAIN, INFLUENCE, MODELS, EXAMPLES, SUMMARY, PLOT]  # and what `made_in` finds
 GROUP = 8192  # rows written at once
 BLOCK_CELLS = 2**22  # pairs of held-out examples and groups looked at together
 
@@ -82,6 +82,12 @@ class Estimates:
     copies: Memorization  # of all exact copies together
     halves: tuple[Memorization, Memorization] | None  # of the even and the odd blocks of models
     models: list[dict[str, Any]]  # rows of models.parquet
+
+
+def made_in(out: Path) -> list[str]:
+    """What the command has written to a directory, by name; files of others in folders of the same names are not."""
+    inner = [path for name, pattern in ((FOLDER, "model-*"), (LOGS, "chunk-*")) for path in (out / name).glob(pattern)]
+    return MADE + [str(path.relative_to(out)) for path in inner]
 
 
 def estimate(folder: Path, items: Sequence[int], block: int, held: _HeldOut | None = None) -> Estimates:
@@ -189,7 +195,7 @@ def write_reports(
     about = summary_of(
         found.hard, found.soft, found.halves, found.models, examples.truth(), ids, labels, told,
         width=options.until_width, seed=options.seed, subset_ratio=options.subset_ratio, meta=meta,
-        n_groups=len(examples.first), n_held_out=examples.n_held_out,
+        n_groups=len(examples.first), n_held_out=examples.n_held_out, groups=examples.groups,
     )  # fmt: skip
     write_text(folder / SUMMARY, json.dumps(about, indent=2) + "\n")
     whole = folder / f".{MAIN}.whole"
@@ -238,7 +244,7 @@ def _influence_rows(
     ids = np.array(examples.table["example_id"].to_pylist(), dtype=object)
     group_ids = np.array(examples.table["group_id"].slice(0, examples.n).to_pylist(), dtype=object)[examples.first]
     told |= {"pairs": held.n_groups * examples.n_held_out, "listed": 0, "significant": 0}
-    for found in _pairs(examples, held, options, held.measure, options.top):
+    for found in _pairs(examples, held, options, held.bits, options.top):
         some = found["influence"] != 0  # where no coin matters, none is the strongest
         part = {name: values[some] for name, values in found.items()}
         told["listed"] += len(part["test"])
@@ -254,15 +260,17 @@ def _influence_rows(
 
 def _by_chance(examples: Examples, held: _HeldOut, options: CounterfactualOptions) -> int:
     """The control: pairs that would be significant if the outcomes were those of other models."""
-    measure = influence.shuffled(held.measure, options.seed)
-    return sum(int(part["significant"].sum()) for part in _pairs(examples, held, options, measure, 0))
+    bits = influence.shuffled(held.bits, options.seed)
+    return sum(int(part["significant"].sum()) for part in _pairs(examples, held, options, bits, 0))
 
 
 def _pairs(
-    examples: Examples, held: _HeldOut, options: CounterfactualOptions, measure: NDArray[np.float32], top: int
+    examples: Examples, held: _HeldOut, options: CounterfactualOptions, bits: NDArray[np.uint8], top: int
 ) -> Iterator[dict[str, Any]]:
-    block = max(1, min(256, BLOCK_CELLS // held.n_groups))
-    found = influence.blocks(held.bits, held.n_groups, measure, binary=examples.is_classifier, block=block)
+    size = max(8, min(256, BLOCK_CELLS // held.n_groups))
+    found = influence.blocks(
+        bits, held.n_groups, held.measure, binary=examples.is_classifier, block=size, model_block=size
+    )
     yield from influence.pairs(found, min_influence=options.min_influence, top=top)
 
 

@@ -1,7 +1,8 @@
 """What a run of `memdiag counterfactual` trains, and one chunk of it: models, and a shard file for each.
 
-A shard holds what one model makes of every example. Its bytes are a function of the run and the model's number, so
-that it does not matter who writes it or how often; how long it took stands in a file beside it.
+A shard holds what one model makes of every example. On a CPU its bytes are a function of the run and the model's
+number, so that it does not matter who writes it or how often (on a GPU they are up to rounding, see `ensemble`); how
+long it took stands in a file beside it.
 
 Axes: n training example, t held-out example, b example of a batch.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,11 +34,13 @@ from memdiag.errors import IncompleteError, InputError
 from memdiag.packing import Corpus
 from memdiag.subsets import Bools, Ints, contents, fingerprint, groups_of
 from memdiag.supervised import Examples
+from memdiag.tables import differing_fields
 from memdiag.train_inputs import Inputs, open_inputs
 from memdiag.train_models import digest
 from memdiag.train_plan import recipe_of
 from memdiag.training import Recipe
 
+FEW_GROUPS = 200
 MODEL_SEED = 12  # key of the draws beside the run's seed
 
 
@@ -68,6 +71,7 @@ class Job:
             "report": CounterfactualRow.report,
             "schema_version": CounterfactualRow.schema_version,
             "options": self.options.identity(),
+            "device": self.device.type,  # each rounds sums in its own way
             "way": self.way,
             **self.inputs.identity(self.inputs.new(self.options.seed)),
         }
@@ -78,18 +82,9 @@ class Job:
         return run_of(self.identity)
 
     def member(self, k: int) -> Member:
-        """Subset and seed of model k.
-
-        Raises:
-            InputError: nothing is in its subset.
-        """
+        """Subset and seed of model k."""
         coins = self.options.how().coins(k, int(self.groups.max()) + 1)
         included: Bools = coins[self.groups]
-        if not included.any():
-            raise InputError(
-                f"{self.inputs.train.name}: nothing is in the subset of model {k}; give more examples, or a larger "
-                "--subset-ratio"
-            )
         state = np.random.SeedSequence([self.options.seed, MODEL_SEED, k]).generate_state(1)
         return Member(int(state[0]), included, k)
 
@@ -116,16 +111,31 @@ def open_job(options: CounterfactualOptions) -> Job:
     first = np.unique(groups, return_index=True)[1]
     names = examples.ids if inputs.groups is None else inputs.groups
     epochs, recipe = recipe_of(inputs, max(1, round(options.subset_ratio * len(examples))))
-    device = devices.resolve(options.device)
+    device = devices.resolve(_device_of(options))
     probe = Data(_few(examples), inputs.pad_id, device)
     with one_thread():
         if options.chunk == 1 and not ensemble.is_plain(inputs.new(options.seed), recipe):
             way, why = "alone", "--chunk 1"
         else:
             way, why = ensemble.way_of(inputs.new, probe, recipe)
+    if (n_groups := int(groups.max()) + 1) < FEW_GROUPS:  # else it does not happen
+        most = options.max_models if options.until_width is not None else None
+        for k in options.items(most):
+            if not options.how().coins(k, n_groups).any():
+                raise InputError(
+                    f"{inputs.train.name}: nothing is in the subset of model {k}, of {n_groups} groups (exact copies "
+                    "are one); give more, or a larger --subset-ratio"
+                )
     return Job(
         options, inputs, groups, content, [names[i] for i in first[groups].tolist()], epochs, recipe, device, way, why
     )  # fmt: skip
+
+
+def _device_of(options: CounterfactualOptions) -> str:
+    """A task of Ray computes on a GPU if it has one, whatever this machine has."""
+    if options.engine == "ray" and options.device == "auto":
+        return "cuda" if options.ray_gpus else "cpu"
+    return options.device
 
 
 def _few(examples: Examples) -> Examples:
@@ -165,7 +175,7 @@ def one_thread() -> Iterator[None]:
 def train_chunk(
     options: CounterfactualOptions,
     folder: str,
-    identity: str,
+    identity: Mapping[str, Any],
     engine: str,
     chunk: tuple[int, ...],
     advance: Callable[[int], None],
@@ -174,15 +184,18 @@ def train_chunk(
 
     Args:
         folder: of the shards.
-        identity: digest of the run; the data may have changed since it began.
+        identity: of the run; the data may have changed since it began, or be another one on another machine.
         engine: what to say who trained them.
     Raises:
         InputError: the data has changed, or the model cannot be run on it.
         IncompleteError: the weights of a model are no numbers any more.
     """
     job = job_of(options)
-    if job.digest != identity:
-        raise InputError(f"{job.inputs.train.name} has changed since the run began; give --force to start afresh")
+    if different := differing_fields(identity, json.loads(json.dumps(job.identity))):
+        raise InputError(
+            f"{job.inputs.train.name} has changed since the run began, or is another here (differs in {different}); "
+            "give --force to start afresh"
+        )
     with one_thread():
         began = time.perf_counter()
         members = [job.member(k) for k in chunk]
@@ -195,16 +208,18 @@ def train_chunk(
                 f"{job.inputs.name}: memory ran out with models trained together ({job.way}); try --chunk 1 in another "
                 "--out, or a smaller --batch-size"
             ) from None
+        together = (time.perf_counter() - began) / len(chunk)
         for k, member, model in zip(chunk, members, models):
+            began = time.perf_counter()
             if not ensemble.is_finite(model):
                 raise IncompleteError(
                     f"model {k}: its weights are not finite after {job.recipe.steps} updates; try a smaller --lr or "
                     "--clip 1, and another --out"
                 )
             shard = _look(job, k, member, model)
-            told = {"seconds": round((time.perf_counter() - began) / len(chunk), 3), "engine": engine}
+            told = {"seconds": round(together + time.perf_counter() - began, 3), "engine": engine}
             time_path(Path(folder), k).write_text(json.dumps(told))
-            write_shard(Path(folder), shard, identity)
+            write_shard(Path(folder), shard, job.digest)
             advance(1)
 
 

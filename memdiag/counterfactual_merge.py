@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memdiag import tables
-from memdiag.counterfactual_estimates import EXAMPLES, MADE, MAIN, MODELS, Examples, part, read, write_reports
+from memdiag.counterfactual_estimates import EXAMPLES, MAIN, MODELS, Examples, made_in, part, read, write_reports
 from memdiag.counterfactual_report import Counterfactual, options_of
 from memdiag.counterfactual_rows import CounterfactualRow, ModelRow
 from memdiag.counterfactual_shards import FOLDER, items_in, read_shard, run_of, shard_path, time_path
@@ -26,6 +26,8 @@ def merge(directories: Sequence[Path], out: Path, *, force: bool) -> Counterfact
         raise InputError(
             "merge wants at least two directories of counterfactual, e.g. merge runs/a runs/b --out runs/ab"
         )
+    if len({path.resolve() for path in directories}) < len(directories):
+        raise InputError("a directory is given twice; merge wants different runs")
     mains = [_main_of(path) for path in directories]
     if any(path.resolve() == out.resolve() for path in directories):  # by another name, too: --force would delete it
         raise InputError(f"--out {out} is one of the runs; choose another --out")
@@ -43,7 +45,7 @@ def merge(directories: Sequence[Path], out: Path, *, force: bool) -> Counterfact
             raise InputError(f"{path / EXAMPLES} differs from {directories[0] / EXAMPLES}; give it back its own")
     options = options_of(mains[0])
     there = tables.check_directory(
-        out, MAIN, lambda: identity, force=force, command="counterfactual", made=MADE
+        out, MAIN, lambda: identity, force=force, command="counterfactual", made=made_in(out)
     )  # fmt: skip
     parts = tables.Parts(out, identity, force=force)
     try:
@@ -75,6 +77,8 @@ def merge(directories: Sequence[Path], out: Path, *, force: bool) -> Counterfact
 
 
 def _main_of(path: Path) -> tables.Report:
+    if not (path / MAIN).exists():
+        raise InputError(f"{path} holds no finished run of counterfactual; run its command again, then merge")
     main = part(path / MAIN, CounterfactualRow)
     identity, dataset = main.meta.get("identity"), main.meta.get("dataset")
     known = isinstance(identity, dict) and isinstance(dataset, dict) and "way" in identity and "name" in dataset

@@ -139,7 +139,10 @@ class CounterfactualOptions:
 
     def items(self, models: int | None = None) -> range:
         """The numbers of the models: as many as asked for, or `models`."""
-        return range(self.first_model, self.first_model + (models or self.models or MODELS))
+        asked = self.models or MODELS
+        if self.until_width is not None:
+            asked = min(asked, self.max_models)
+        return range(self.first_model, self.first_model + (models or asked))
 
     def identity(self) -> dict[str, Any]:
         """The options that change what a model makes of an example; how many there are, and who trains them, do not."""

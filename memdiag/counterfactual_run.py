@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import time
@@ -23,7 +24,7 @@ import memdiag
 from memdiag import counterfactual_estimates as estimates
 from memdiag import device as devices
 from memdiag import engine, ensemble, memorization, tables
-from memdiag.counterfactual_estimates import EXAMPLES, LOGS, MADE, MAIN
+from memdiag.counterfactual_estimates import EXAMPLES, LOGS, MAIN, made_in
 from memdiag.counterfactual_job import Job, job_of, one_thread, train_chunk
 from memdiag.counterfactual_report import Counterfactual, CounterfactualOptions
 from memdiag.counterfactual_rows import ExampleRow
@@ -33,6 +34,7 @@ from memdiag.progress import Progress
 
 log = logging.getLogger("memdiag")
 GROUP = 8192  # rows of examples.parquet written at once
+MOST_IN_A_BLOCK = 100  # models of a balanced block that --until-width completes
 
 
 def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Progress) -> Counterfactual:
@@ -52,7 +54,7 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
         return counterfactual_sizes.run(options, out, force=force, progress=progress)
     job = opened(options)
     there = not _is_begun(out, job, force=force) and tables.check_directory(
-        out, MAIN, lambda: job.identity, force=force, command="counterfactual", made=MADE
+        out, MAIN, lambda: job.identity, force=force, command="counterfactual", made=made_in(out)
     )
     if there and (found := _finished(out, options)) is not None:
         log.info("%s is already there, made from the same inputs; --force makes it again", out)
@@ -101,7 +103,7 @@ def plan(options: CounterfactualOptions) -> dict[str, object]:
         "at_once": size,
         "device": devices.describe(job.device),
         "seconds_expected": round(seconds * len(items) * max(1, len(widths)) / _workers(job), 1),
-        "disk_expected_kb": round(len(items) * max(1, len(widths)) * n * 10 / 1024),
+        "disk_expected_kb": round(len(items) * max(1, len(widths)) * (n * 10 / 1024 + 4) + 100),
     }
 
 
@@ -155,7 +157,9 @@ def _train_until(job: Job, out: Path, progress: Progress) -> range:
         needed = memorization.models_needed(found, len(items), options.until_width) or 2 * len(items)
         # a rate seen in few models is no rate yet: not more than twice as many before looking again
         wanted = max(min(needed, 2 * len(items)), len(items) + 1)
-        items = options.items(min(options.max_models, -(-wanted // block) * block))
+        if block <= MOST_IN_A_BLOCK:
+            wanted = -(-wanted // block) * block
+        items = options.items(min(options.max_models, wanted))
         log.info(
             "median interval %s wide; going on to %d models", "unknown" if width is None else f"{width:.3f}", len(items)
         )
@@ -179,7 +183,9 @@ def train_missing(job: Job, out: Path, items: Sequence[int], progress: Progress)
     size = chunk_size(job, len(missing))
     chunks = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
     progress.start(f"train {job.inputs.name}", len(missing), unit="models")
-    work = functools.partial(train_chunk, job.options, str(folder), job.digest, dispatcher.name)
+    work = functools.partial(
+        train_chunk, job.options, str(folder), json.loads(json.dumps(job.identity)), dispatcher.name
+    )
     engine.dispatch(
         work, chunks, engine=dispatcher, done=lambda k: shard_path(folder, k).exists(), logs=out / LOGS,
         progress=progress,

@@ -22,6 +22,7 @@ from memdiag import counterfactual_run, counterfactual_view, size_trajectories, 
 from memdiag.counterfactual_estimates import read_summary, write_text
 from memdiag.counterfactual_report import INTERPOLATES, MEMORIZED, Counterfactual, CounterfactualOptions
 from memdiag.counterfactual_rows import SizeRow
+from memdiag.memorization import at_least
 from memdiag.progress import Progress
 from memdiag.size_trajectories import SHAPES, Trajectories, standard_errors
 
@@ -129,7 +130,7 @@ def _summary(
                 **{name: (made.summary[name] or {}).get("value") for name in (
                     "accuracy_in", "accuracy_out", "test_accuracy", "memorization",
                 )},
-                "memorized": int((own >= MEMORIZED).sum()),
+                "memorized": int(at_least(own, MEMORIZED).sum()),
             }
             for width, made, own in zip(widths, found, mem)
         ],

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from memdiag import agreement
 from memdiag import memorization as method
+from memdiag.agreement import Estimate
 from memdiag.counterfactual_report import FEWEST, INTERPOLATES, MEMORIZED
 from memdiag.memorization import Memorization
 
@@ -37,6 +40,7 @@ def summary_of(
     meta: Mapping[str, Any],
     n_groups: int,
     n_held_out: int,
+    groups: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
     """Everything that the screen shows, as plain values.
 
@@ -50,11 +54,15 @@ def summary_of(
         influence: counts of pairs; None: nothing is held out.
         width: wanted of the intervals; None: WIDTH.
         seed: of resamples.
+        groups: (n,) whom each shares its coin with: the most memorized are told once for each; None: all are alone.
     """
     mem = hard.memorization
     known = np.flatnonzero(~np.isnan(mem))
     # among those that every model knows or none, the soft measure tells
-    order = known[np.lexsort((-soft.memorization[known], -mem[known]))][:TOP]
+    order = known[np.lexsort((-soft.memorization[known], -mem[known]))]
+    if groups is not None:
+        order = order[np.sort(np.unique(groups[order], return_index=True)[1])]
+    order = order[:TOP]
     aim = width or WIDTH
     found: dict[str, Any] = {
         "model": meta["model"],
@@ -66,14 +74,15 @@ def summary_of(
         "held_out": n_held_out,
         "subset_ratio": subset_ratio,
         "way": meta["identity"]["way"],
-        "accuracy_in": _over_models(models, "accuracy_in", seed),
-        "accuracy_out": _over_models(models, "accuracy_out", seed),
-        "test_accuracy": _over_models(models, "test_accuracy", seed) if n_held_out else None,
-        "memorization": asdict(agreement.mean(mem, seed=seed)),
-        "memorization_soft": asdict(agreement.mean(soft.memorization, seed=seed)),
-        "memorized": int((mem[known] >= MEMORIZED).sum()),
+        "accuracy_in": asdict(_over_models(models, "accuracy_in")),
+        "accuracy_out": asdict(_over_models(models, "accuracy_out")),
+        "test_accuracy": asdict(_over_models(models, "test_accuracy")) if n_held_out else None,
+        "memorization": asdict(_mean_of(mem, models)),
+        "memorization_soft": asdict(_plain_mean(soft.memorization[known])),
+        "memorized": int(method.at_least(mem, MEMORIZED).sum()),
         "without_value": len(mem) - len(known),
         "median_width": method.median_width(hard),
+        "until_width": width,
         "width_wanted": aim,
         "models_for_width": method.models_needed(hard, len(models), aim),
         "stability": None if halves is None else asdict(method.split_half(*halves)),
@@ -81,15 +90,50 @@ def summary_of(
         "influence": influence,
         "truth": None if truth is None or not truth.any() or truth.all() else _against(truth, hard, soft),
         "seconds": sum(row["seconds"] or 0.0 for row in models),
-        "top": [_told(hard, int(i), ids, labels) for i in order],
+        "top": [_told(hard, int(i), ids, labels, truth) for i in order],
     }
     found["warnings"] = _warnings(found, hard, truth)
     return found
 
 
-def _over_models(models: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, Any]:
-    values = np.array([np.nan if row[name] is None else row[name] for row in models], dtype=np.float64)
-    return asdict(agreement.mean(values, seed=seed))
+def _over_models(models: Sequence[Mapping[str, Any]], name: str) -> Estimate:
+    """The mean over models, with Student's t interval: there may be few."""
+    values = np.array([row[name] for row in models if row[name] is not None], dtype=np.float64)
+    if not len(values):
+        return agreement.UNKNOWN
+    value, half = float(values.mean()), _half(values)
+    return Estimate(value, None, None, 1) if half is None else Estimate(value, value - half, value + half, len(values))
+
+
+def _mean_of(mem: Floats, models: Sequence[Mapping[str, Any]]) -> Estimate:
+    """Mean memorization, with an interval for other examples and other models.
+
+    The models are the same for all examples, so that more examples do not make up for few models: to the variance of
+    a mean over examples comes that of a mean over models of what each knows better in than out.
+    """
+    known = mem[~np.isnan(mem)]
+    sides = [(row["accuracy_in"], row["accuracy_out"]) for row in models]
+    apart = np.array([a - b for a, b in sides if a is not None and b is not None], dtype=np.float64)
+    if not len(known):
+        return agreement.UNKNOWN
+    value, of_models = float(known.mean()), _half(apart)
+    if len(known) < 2 or of_models is None:
+        return Estimate(value, None, None, len(known))
+    z = float(stats.norm.ppf((1 + agreement.LEVEL) / 2))
+    half = math.hypot(z * float(known.std(ddof=1)) / math.sqrt(len(known)), of_models)
+    return Estimate(value, value - half, value + half, len(known))
+
+
+def _plain_mean(values: Floats) -> Estimate:
+    return Estimate(float(values.mean()), None, None, len(values)) if len(values) else agreement.UNKNOWN
+
+
+def _half(values: Floats) -> float | None:
+    """Half of Student's t interval of a mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    t = float(stats.t.ppf((1 + agreement.LEVEL) / 2, len(values) - 1))
+    return t * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _against(truth: NDArray[np.bool_], hard: Memorization, soft: Memorization) -> dict[str, Any]:
@@ -112,13 +156,16 @@ def _against(truth: NDArray[np.bool_], hard: Memorization, soft: Memorization) -
     }
 
 
-def _told(hard: Memorization, i: int, ids: Sequence[str], labels: Sequence[int | None]) -> dict[str, Any]:
+def _told(
+    hard: Memorization, i: int, ids: Sequence[str], labels: Sequence[int | None], truth: NDArray[np.bool_] | None
+) -> dict[str, Any]:
     def value(of: Floats) -> float | None:
         return None if np.isnan(of[i]) else float(of[i])
 
     return {
         "example_id": ids[i],
         "label": labels[i],
+        "truth": None if truth is None else bool(truth[i]),
         **{name: value(getattr(hard, name)) for name in ("memorization", "lo", "hi", "p_in", "p_out")},
         "n_in": int(hard.n_in[i]),
         "n_out": int(hard.n_out[i]),
@@ -133,11 +180,17 @@ def _warnings(found: Mapping[str, Any], hard: Memorization, truth: NDArray[np.bo
     if known is not None and known < INTERPOLATES:
         more = "" if suspects is None else f", {suspects:.0%} of the suspects"
         said.append(
-            f"the models have learned {known:.1%} of what they were trained on{more}: memorization is of what was "
-            "learned, so a wrong label that was not learned has none; more --epochs or a larger --width learn more"
+            f"the models predict {known:.1%} of the tokens that they were trained on: memorization is of what was "
+            "learned, and grows with --epochs"
+            if found["language"]
+            else f"the models have learned {known:.1%} of what they were trained on{more}: memorization is of what was "
+            "learned, so a wrong label that was not learned has none; more --epochs, a larger --width, or features of "
+            "one scale learn more"
         )
     if found["models"] < FEWEST:
         said.append(f"{found['models']} models: an example's figure is rough below {FEWEST}; look at the intervals")
+    if (width := found["until_width"]) is not None and not (found["median_width"] or math.inf) <= width:
+        said.append(f"--max-models came before intervals of --until-width {width:g}; more of them go on from here")
     if found["without_value"]:
         said.append(
             f"{found['without_value']} examples have no value, since no model has seen them, or every model has; "

@@ -57,7 +57,6 @@ def run(options: CounterfactualOptions, out: Path, *, force: bool, progress: Pro
     inputs = _open(options)
     networks = options.models or 1
     epochs, recipe = recipe_of(inputs)
-    recipe = dataclasses.replace(recipe, steps=-(-epochs * len(inputs.examples) // recipe.batch_size))
     identity = {
         "report": TurnOverRow.report,
         "schema_version": TurnOverRow.schema_version,
@@ -188,8 +187,8 @@ def _summary(inputs: Inputs, networks: int, means: dict[str, Floats]) -> dict[st
     labels: Sequence[int] = inputs.examples.labels.tolist() if inputs.examples.labels is not None else []
     own = float(means["own_correct"].mean())
     warnings = [
-        "one network of half the units: a good detector of wrong labels, a rough estimate of memorization; layers "
-        "without a mask have seen every example"
+        "a good detector of wrong labels, a rough estimate of memorization: the units that did not see an example are "
+        "half a network, and worse on every example"
     ]
     if own < INTERPOLATES:
         warnings.append(

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from memdiag.counterfactual_report import MEMORIZED, Counterfactual
+from memdiag.counterfactual_report import FEWEST, MEMORIZED, Counterfactual
 from memdiag.drawing import number, savefig
 from memdiag.tables import Report
 
@@ -60,30 +60,32 @@ def _print_main(console: Console, about: dict[str, Any]) -> None:
         ("memorization_soft", "the same of log-probability" if about["language"] else "the same of probability"),
     ):
         if about[name] is not None:
-            console.print(f"  {title:44} {_interval(about[name])}")
+            console.print(f"  {title:46} {_interval(about[name])}")
     share = about["memorized"] / max(1, about["examples"])
-    console.print(f"  {f'examples with memorization >= {MEMORIZED}':44} {about['memorized']:,} ({share:.1%})")
+    console.print(f"  {f'examples with memorization >= {MEMORIZED}':46} {about['memorized']:,} ({share:.1%})")
     truth = about["truth"]
     if truth is not None:
         console.print(
-            f"  {'suspects among the others, AUC':44} {_interval(truth['auc'])}  ({truth['n_true']:,} of them)"
+            f"  {'suspects among the others, AUC':46} {_interval(truth['auc'])}  ({truth['n_true']:,} of them)"
         )
         console.print(
-            f"  {'memorization of suspects / others':44} {number(truth['memorization_true'])} / "
+            f"  {'memorization of suspects / others':46} {number(truth['memorization_true'])} / "
             f"{number(truth['memorization_other'])}"
         )
     if about["stability"] is not None:
         half = about["stability"]
         rank = half["spearman"]["value"]
+        # of few models the plug-in errors are too small, and would be told as wrong
+        told = f" (told by the standard errors {number(half['rms_se'], 4)})" if about["models"] >= FEWEST else ""
         console.print(
-            f"  {'half of the models against the other half':44} Spearman {number(rank)}, error "
-            f"{number(half['rmse'], 4)} (told by the standard errors {number(half['rms_se'], 4)})"
+            f"  {'half of the models against the other half':46} Spearman {number(rank)}, error "
+            f"{number(half['rmse'], 4)}{told}"
         )
     pairs = about["influence"]
     if pairs is not None:
         console.print(
-            f"  {'influence on held-out examples':44} {pairs['significant']:,} of {pairs['pairs']:,} pairs; "
-            f"{pairs['significant_if_shuffled']:,} by chance"
+            f"  {'influence on held-out examples':46} {pairs['significant']:,} of {pairs['pairs']:,} pairs; "
+            f"about {pairs['significant_if_shuffled']:,} by chance"
         )
     _print_more(console, about)
     _print_histogram(console, about["histogram"])
@@ -96,8 +98,9 @@ def _print_more(console: Console, about: dict[str, Any]) -> None:
     if needed is None:
         return
     more = needed - about["models"]
-    text = f"{more:,} more models make it {wanted:g}" if more > 0 else f"which is the {wanted:g} asked for"
-    console.print(f"  {'median width of an interval':44} {about['median_width']:.3f}; {text}")
+    about_how = "at least" if about["models"] < FEWEST else "about"  # rates of 0 in few models are not 0 yet
+    text = f"{about_how} {more:,} more models make it {wanted:g}" if more > 0 else f"which is the {wanted:g} asked for"
+    console.print(f"  {'median width of an interval':46} {about['median_width']:.3f}; {text}")
 
 
 def _print_histogram(console: Console, counts: list[int]) -> None:
@@ -123,10 +126,12 @@ def _print_top(console: Console, top: list[dict[str, Any]]) -> None:
         label = "–" if row["label"] is None else str(row["label"])
         interval = "–" if row["lo"] is None else f"{row['lo']:.2f} … {row['hi']:.2f}"
         table.add_row(
-            _plain(row["example_id"]), label, number(row["memorization"]), interval, number(row["p_in"], 2),
-            number(row["p_out"], 2), f"{row['n_in']} + {row['n_out']}",
+            _plain(row["example_id"]), f"{label} *" if row["truth"] else label, number(row["memorization"]), interval,
+            number(row["p_in"], 2), number(row["p_out"], 2), f"{row['n_in']} + {row['n_out']}",
         )  # fmt: skip
     console.print(table)
+    if any(row["truth"] for row in top):
+        console.print("[dim]* suspect[/]")
 
 
 def _print_sizes(console: Console, about: dict[str, Any]) -> None:
@@ -214,9 +219,13 @@ def plot_report(report: Report, path: Path) -> None:
     bins = np.linspace(min(0.0, float(np.floor(10 * mem[known].min()) / 10)) if known.any() else 0.0, 1.0, 31)
     groups = [mem[known & ~suspect], mem[known & suspect]] if suspect.any() else [mem[known]]
     colours = [KEPT_COLOUR, HELD_COLOUR][: len(groups)]
-    # one over the other and not stacked: on a log scale the upper part of a stack has no meaning
-    for values, colour in zip(groups, colours):
-        left.hist(values, bins=bins.tolist(), color=colour, alpha=0.75, log=bool(known.any()))
+    # side by side and not stacked: on a log scale the upper part of a stack has no meaning
+    names = ["examples", "suspect"][: len(groups)]
+    left.hist(groups, bins=bins.tolist(), color=colours, label=names, log=bool(known.any()))
+    if known.any():
+        left.set_ylim(bottom=0.5)  # so that a single example is a bar
+    if len(groups) > 1:
+        left.legend(fontsize=8, frameon=False, loc="upper center")
     left.set(xlabel="memorization: p in − p out", ylabel="examples (log scale)")
     # many examples lie on the same few rates: a little noise shows how many
     jitter = np.random.default_rng(0).normal(0, 0.006, size=(2, len(mem)))
@@ -260,7 +269,7 @@ def plot_sizes(found: Counterfactual, path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xticks(widths, labels=[str(width) for width in widths])
     axis.minorticks_off()
-    axis.set(xlabel="width", ylabel="memorization, mean of the examples", ylim=(-0.05, 1.05))
+    axis.set(xlabel="width", ylabel="memorization, mean of the examples", ylim=(min(-0.05, axis.get_ylim()[0]), 1.05))
     if axis.lines:
         axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
@@ -277,9 +286,9 @@ def plot_turn_over(report: Report, path: Path) -> None:
     canvas = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     axis = canvas.subplots()
     groups = [values[~suspect], values[suspect]] if suspect.any() else [values]
-    bins = np.histogram_bin_edges(values, 40).tolist()
-    for of, colour, label in zip(groups, (KEPT_COLOUR, HELD_COLOUR), ("examples", "suspect")):
-        axis.hist(of, bins=bins, color=colour, alpha=0.75, log=True, label=label)
+    names = ["examples", "suspect"][: len(groups)]
+    axis.hist(groups, bins=25, color=[KEPT_COLOUR, HELD_COLOUR][: len(groups)], label=names, log=True)
+    axis.set_ylim(bottom=0.5)
     axis.set(xlabel="self-influence (nats)", ylabel="examples (log scale)")
     if suspect.any():
         axis.legend(fontsize=8, frameon=False)

@@ -53,6 +53,7 @@ def connected(address: str | None) -> Iterator[Any]:
     # not /tmp/ray, where every session stays for ever and others who say "auto" would find this cluster
     with tempfile.TemporaryDirectory(prefix="memdiag-ray-", ignore_cleanup_errors=True) as directory:
         if address is None:
+            _check_paths(ray)
             # import from where this process does, as processes of multiprocessing do
             environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
             options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": False}
@@ -73,6 +74,16 @@ def connected(address: str | None) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def _check_paths(ray: Any) -> None:
+    """Ray starts its workers by a line of bash that does not quote their paths, and waits for them for ever."""
+    for path in (sys.executable, str(ray.__file__)):
+        if any(letter.isspace() for letter in path):
+            raise InputError(
+                f"--engine ray: Ray cannot start from a path with a space, {path}; install memdiag elsewhere, or use "
+                "--engine inline"
+            )
 
 
 def _answers(address: str) -> None:

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from memdiag import device as devices
 from memdiag import observe, training
 from memdiag.errors import InputError, one_line
 from memdiag.models.mlp import MLP, MlpConfig, scaled
@@ -117,8 +118,11 @@ def places(members: Sequence[Member], n: int, batch_size: int, steps: int, devic
     for first in range(0, steps, at_once):
         size = min(at_once, steps - first) * batch_size
         for i, order in enumerate(orders):
-            while len(held[i]) < size:
-                held[i] = np.concatenate([held[i], next(order)])
+            more, n_held = [held[i]], len(held[i])
+            while n_held < size:
+                more.append(next(order))
+                n_held += len(more[-1])
+            held[i] = np.concatenate(more)
         block = np.stack([own[:size] for own in held]).reshape(len(members), -1, batch_size)
         held = [own[size:] for own in held]
         yield from torch.from_numpy(block.swapaxes(0, 1).copy()).to(device)
@@ -155,6 +159,8 @@ def way_of(new: New, data: Data, recipe: Recipe) -> tuple[str, str]:
         with sdpa_kernel(SDPBackend.MATH):
             state.losses(data.batch(some.expand(2, -1))).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # what a model does under torch.func is not ours to foresee
+        if devices.is_out_of_memory(error):  # another day it may be there
+            raise
         return "alone", one_line(error, 160)
     for name, right in wanted.items():
         found = state.parameters[name].grad

@@ -8,8 +8,8 @@ test example t, e.g. whether it is right:
 
 The sum over the models with g in is one product Cᵀ K of measures and coins; the other sum is the total less it.
 
-The variance of an arm's values is that with two imagined models added, one all right and one all wrong (the add-one of
-Agresti and Caffo 2000, which serves measures between 0 and 1 as well):
+The variance of an arm's values, of a binary measure, is that with two imagined models added, one right and one wrong
+(the add-one of Agresti and Caffo 2000):
 
     se² = v_in / n_in + v_out / n_out          v = q - a², a = (Σ c + 1) / (n + 2), q = (Σ c² + 1) / (n + 2)
 
@@ -17,6 +17,10 @@ It is never 0, so that a pair with one model out, or with equal values, does not
 by n + 2, as theirs is the variance of the mean that is shrunk likewise. Of the difference of plain means it is too
 small: with 8 to 40 models up to nine times as many pairs as of a normal variable were beyond three of it by chance, and
 at most twice as many with this one.
+
+A measure between 0 and 1 spreads far less than 0 and 1 do. There v is the sample variance, n - 1, and the imagined
+models serve only where an arm has one model or equal values; that a variance from few models may be too small is met
+by Student's t when a pair is called significant.
 
 Axes: m model, t test example, g group, b test example of a block. Needs no torch.
 """
@@ -29,8 +33,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 SHUFFLE = 4  # key of the draw beside the seed
+EQUAL = 1e-12  # variance below which values differ by rounding alone
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -45,6 +51,7 @@ class Block:
         influence: (b, g) in [-1, 1]; NaN where an arm has no model, and for a test example with a NaN.
         se: (b, g) > 0; NaN where influence is. Above 0.4 where an arm has one model.
         n_in, n_out: (g,) models with the group and without.
+        binary: whether the measure is 0 or 1.
     """
 
     first: int
@@ -52,6 +59,7 @@ class Block:
     se: Floats
     n_in: Ints
     n_out: Ints
+    binary: bool = True
 
 
 def blocks(
@@ -99,7 +107,7 @@ def blocks(
         influence, se = _of_block(bits, n_groups, c, n_in, n_out, binary, model_block)
         influence[unknown] = np.nan
         se[unknown] = np.nan
-        yield Block(first, influence, se, n_in, n_out)
+        yield Block(first, influence, se, n_in, n_out, binary)
 
 
 def pairs(
@@ -110,7 +118,8 @@ def pairs(
     Args:
         found: from `blocks`.
         min_influence: a significant pair has |influence| of at least this,
-        n_se: and of at least so many standard errors.
+        n_se: and of at least so many standard errors; of a measure that is not binary, as many as Student's t has for
+            the same chance with the smaller arm's models less one.
         top: how many pairs each test example has at least, if so many are known.
     Yields:
         For each block, arrays of one length, ordered by test and rank: test, group (int64), influence, se (float64),
@@ -122,7 +131,7 @@ def pairs(
         size = np.abs(part.influence).astype(np.float32)
         size[np.isnan(size)] = -1.0
         wanted = size >= np.float32(min_influence)
-        significant = wanted & (size >= n_se * part.se)
+        significant = wanted & (size >= _quantile(part, n_se) * part.se)
         # all that outrank a significant pair reach min_influence, so that ranks among `wanted` are ranks among all
         wanted |= _first(size, top)
         test, group = np.nonzero(wanted & (size >= 0))
@@ -179,21 +188,34 @@ def _of_block(
         if not binary:
             squares += (part**2).T @ k
     with np.errstate(invalid="ignore", divide="ignore"):
-        variance = _variance(total, squares, n_in)
+        variance = _variance(total, squares, n_in, binary)
         rest = c.sum(axis=0)[:, None] - total
-        variance += _variance(rest, rest if binary else (c**2).sum(axis=0)[:, None] - squares, n_out)
+        variance += _variance(rest, rest if binary else (c**2).sum(axis=0)[:, None] - squares, n_out, binary)
         influence = np.divide(total, n_in, out=total)
         influence -= np.divide(rest, n_out, out=rest)
     variance[:, (n_in == 0) | (n_out == 0)] = np.nan
     return influence, np.sqrt(variance, out=variance)
 
 
-def _variance(total: Floats, squares: Floats, n: Ints) -> Floats:
+def _variance(total: Floats, squares: Floats, n: Ints, binary: bool) -> Floats:
     """Variance of an arm's mean, from its sums (b, g) and numbers of models (g,)."""
     found = (squares + 1) / (n + 2)
     found -= ((total + 1) / (n + 2)) ** 2
+    if not binary:
+        spread = (squares - total**2 / n) / (n - 1)
+        found = np.where((n > 1) & (spread > EQUAL), spread, found)
     found /= n
     return found
+
+
+def _quantile(part: Block, n_se: float) -> float | Floats:
+    """Standard errors that are as rare as n_se of a normal variable; (g,), infinite with a single model in an arm."""
+    if part.binary:
+        return n_se
+    freedom = np.minimum(part.n_in, part.n_out) - 1
+    sizes, place = np.unique(freedom, return_inverse=True)  # few, and the quantile is slow
+    found = stats.t.isf(stats.norm.sf(n_se), np.maximum(sizes, 1))
+    return np.asarray(np.where(sizes > 0, found, np.inf)[place])
 
 
 def _first(size: NDArray[np.float32], top: int) -> NDArray[np.bool_]:

@@ -150,9 +150,10 @@ def estimate(sums: Sums, *, kind: Kind, level: float = agreement.LEVEL) -> Memor
     """Memorization, its standard error and its interval, of every example.
 
     An arm's interval is Wilson's for a binary measure and Student's t otherwise; that of a bounded measure is cut to
-    [0, 1]. Where all values of a bounded measure are equal in an arm (one model also), t would claim certainty, and the
-    arm has Wilson's interval as if each model were one trial: the widest that a measure in [0, 1] can need. A real
-    measure has no interval there.
+    [0, 1]. Where the mean of a bounded measure is nearer to 0 or 1 than 1 / n, the interval is the wider of t and
+    Wilson's with each model as one trial: n models that nearly agree there do not show how a different one fares, e.g.
+    one in ten that has not learned the example. So it is where all values are equal (one model also). A real measure
+    has no interval where they are.
 
     Args:
         sums: of the models.
@@ -205,6 +206,12 @@ def any_included(included: Bools, groups: Ints) -> Bools:
     """
     _, place = np.unique(groups, return_inverse=True)
     return np.bincount(place, weights=included)[place] > 0
+
+
+def at_least(memorization: Floats, threshold: float) -> Bools:
+    """(n,) whether it reaches a threshold; 1 − 0.9 reaches 0.1, and NaN nothing."""
+    found: Bools = np.nan_to_num(memorization, nan=-np.inf) >= threshold - 1e-9
+    return found
 
 
 def median_width(found: Memorization) -> float | None:
@@ -278,10 +285,10 @@ def _hybrid(
     else:
         low, high = _student(p, s, n, level)
     if kind == "bounded":
-        spread = s > 0
         one, other = _wilson(p, n, level)
-        low = np.where(spread, np.maximum(low, 0.0), one)
-        high = np.where(spread, np.minimum(high, 1.0), other)
+        near = (p * n < 1) | ((1 - p) * n < 1)
+        low = np.where(near, np.fmin(low, one), np.where(s > 0, low, one)).clip(min=0.0)
+        high = np.where(near, np.fmax(high, other), np.where(s > 0, high, other)).clip(max=1.0)
     d = p[IN] - p[OUT]
     lo = d - np.hypot(p[IN] - low[IN], high[OUT] - p[OUT])
     hi = d + np.hypot(high[IN] - p[IN], p[OUT] - low[OUT])

@@ -150,7 +150,7 @@ def prepare(arms: Sequence[str], seeds: Sequence[int], preset: str, directory: P
 
 def _train(work: tuple[CounterfactualOptions, Path, tuple[int, ...]], advance: Callable[[int], None]) -> None:
     options, folder, chunk = work
-    train_chunk(options, str(folder), job_of(options).digest, "inline", chunk, advance)
+    train_chunk(options, str(folder), job_of(options).identity, "inline", chunk, advance)
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from memdiag.memorization import at_least
 from memdiag.reproduce_effects import Arm, Control, Effect
 
 THRESHOLDS = (0.1, 0.25, 0.4, 0.6)  # 0.25 is the paper's
@@ -162,7 +163,7 @@ def _effect(
 def memorized(mem: Floats, *, threshold: float | None = None, most: int | None = None) -> Bools:
     """(n,) the rows with mem of at least `threshold`, or the `most` rows with the largest; never one without a mem."""
     if threshold is not None:
-        return mem >= threshold
+        return at_least(mem, threshold)
     found = np.zeros(len(mem), dtype=np.bool_)
     found[np.argsort(-mem, kind="stable")[:most]] = True  # NaN comes last
     return found & ~np.isnan(mem)

@@ -103,7 +103,7 @@ def open_inputs(options: TrainOptions) -> Inputs:
         InputError: anything that is not there, not readable or does not fit.
     """
     if options.data is None:
-        raise InputError("nothing to train on; give a task or a file, e.g. memdiag train task:digits")
+        raise InputError("nothing to train on; give a task or a file, e.g. task:digits")
     roles = parse_columns(options.columns) or {}
     train = _with_truth(open_dataset(options.data, columns=roles, limit=options.limit), options, roles)
     test_roles = {role: name for role, name in roles.items() if role not in ("truth", "true_label", "group")}

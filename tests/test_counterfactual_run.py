@@ -717,7 +717,8 @@ def test_a_missing_or_damaged_file_of_a_run_is_named(parts):
         whole = (parts / "b" / name).read_bytes()
         for content in (whole[:50], shard.read_bytes(), None):
             (parts / "b" / name).unlink() if content is None else (parts / "b" / name).write_bytes(content)
-            with pytest.raises(InputError, match=f"b/{name}"):
+            said = "b holds no finished run" if content is None and name == "counterfactual.parquet" else f"b/{name}"
+            with pytest.raises(InputError, match=said):
                 merge_counterfactual(["a", "b"], out="ab")
         (parts / "b" / name).write_bytes(whole)
     assert not (parts / "ab").exists()
@@ -756,7 +757,7 @@ def test_examples_of_another_run_are_not_merged(parts):
 def test_a_merge_wants_two_directories(parts, directories):
     with pytest.raises(InputError, match="merge wants at least two directories"):
         merge_counterfactual(directories, out="ab")
-    with pytest.raises(InputError, match=r"no such report: nowhere/counterfactual\.parquet"):
+    with pytest.raises(InputError, match=r"nowhere holds no finished run of counterfactual"):
         merge_counterfactual(["a", "nowhere"], out="ab")
 
 
@@ -837,14 +838,14 @@ def test_data_that_changed_since_is_refused(mine):
 def test_data_that_changes_while_it_runs_is_refused(here, monkeypatch):
     """A chunk opens the data itself, in whatever process."""
     job = counterfactual_run.opened(CounterfactualOptions(data="data.jsonl", **SMALL))
-    digest = job.digest
+    identity = job.identity
     with (here / "data.jsonl").open("a") as file:
         file.write(json.dumps({"id": "new", "x": [0.0] * 6, "y": 0, "who": "w", "wrong": False}) + "\n")
     from memdiag import counterfactual_job
 
     counterfactual_job.job_of.cache_clear()
-    with pytest.raises(InputError, match=r"data\.jsonl has changed since the run began; give --force"):
-        counterfactual_job.train_chunk(job.options, str(here), digest, "inline", (0,), lambda n: None)
+    with pytest.raises(InputError, match=r"data\.jsonl has changed since the run began, or is another here .*--force"):
+        counterfactual_job.train_chunk(job.options, str(here), identity, "inline", (0,), lambda n: None)
     assert not list(here.glob("model-*"))
 
 
@@ -860,7 +861,7 @@ def test_weights_that_are_no_numbers_are_told_in_a_line(run, here):
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_an_empty_subset_is_refused(here, chunk):
     options = {"data": "two.jsonl", "test": None, "subset_ratio": 0.1, "batch_size": None, "chunk": chunk}
-    with pytest.raises(InputError, match=r"two\.jsonl: nothing is in the subset of model .*; give more examples"):
+    with pytest.raises(InputError, match=r"two\.jsonl: nothing is in the subset of model .*, of 2 groups"):
         again_with(**options)
 
 
@@ -1264,7 +1265,7 @@ def test_what_the_command_refuses(run, parts):
         (["merge", "-o", "x"], "merge wants at least two directories"),
         (["merge", "a", "-o", "x"], "merge wants at least two directories"),
         (["merge", "a", "b", "-o", "x", "--dry-run"], "leave --dry-run out"),
-        (["merge", "a", "missing", "-o", "x"], "no such report: missing/counterfactual.parquet"),
+        (["merge", "a", "missing", "-o", "x"], "missing holds no finished run of counterfactual"),
         (["data.jsonl", "--data", "data.jsonl", "-o", "x"], "each say what to train on; give one of them"),
         (["data.jsonl", "two.jsonl", "-o", "x"], "each say what to train on; give one of them"),
         (["data.jsonl", "--plot", "x.pdf", "-o", "x"], "must end in .png or .svg"),
@@ -1292,3 +1293,39 @@ def test_a_run_under_torchrun_is_refused(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="is not run by torchrun; --engine ray uses several machines"):
         again()
+
+
+def test_force_leaves_the_files_of_others_alone(here):
+    """A folder of data is often called shards."""
+    Path("mine/shards").mkdir(parents=True)
+    Path("mine/shards/theirs.txt").write_text("theirs")
+    counterfactual("data.jsonl", **SMALL, out="mine", force=True)
+    assert Path("mine/shards/theirs.txt").read_text() == "theirs"
+    before = Path("mine/shards/model-00000.parquet").stat().st_mtime_ns
+    counterfactual("data.jsonl", **SMALL, out="mine", force=True)
+    assert Path("mine/shards/theirs.txt").exists()
+    assert Path("mine/shards/model-00000.parquet").stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("left", [None, b"", b"PAR1 and no more"])
+def test_shards_without_a_whole_report_are_not_lost(here, caplog, left):
+    whole = counterfactual("data.jsonl", **SMALL, out="run").report
+    shards = {path: path.stat().st_mtime_ns for path in Path("run/shards").glob("*.parquet")}
+    main = Path("run/counterfactual.parquet")
+    main.unlink() if left is None else main.write_bytes(left)
+    again = counterfactual("data.jsonl", **SMALL, out="run").report
+    assert tables.differing(whole, again) == []
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+
+
+def test_no_more_models_than_the_most_are_trained(here):
+    found = counterfactual("data.jsonl", **SMALL | {"models": None, "until_width": 0.001, "max_models": 3}, out="few")
+    assert found.summary["models"] == 3
+    assert [text for text in found.summary["warnings"] if "--max-models came before" in text]
+
+
+def test_the_most_memorized_are_told_once_for_each_group(here):
+    found = counterfactual("data.jsonl", **SMALL, group_by="who", out="grouped")
+    groups = dict(zip(found.table["example_id"].to_pylist(), found.table["group_id"].to_pylist()))
+    told = [groups[row["example_id"]] for row in found.summary["top"]]
+    assert len(told) == len(set(told))

@@ -112,7 +112,7 @@ def test_the_screen_shows_what_the_summary_holds(capsys):
         "{value:.3f}  ({lo:.3f} to {hi:.3f})".format(**about["memorization"]),
         f"{about['memorized']} ({about['memorized'] / 12:.1%})",
         "(3 of them)",
-        "0 of 36 pairs; 0 by chance",
+        "0 of 36 pairs; about 0 by chance",
         f"{about['median_width']:.3f}; {about['models_for_width'] - 8:,} more models make it 0.1",
         "note: 8 models: an example's figure is rough below 50",
         "directory: out",
@@ -192,7 +192,7 @@ def test_one_model_says_nothing_of_an_example(capsys, tmp_path):
     found = found_of(included, correct)
     out = shown(found, capsys)
     assert "12 examples have no value" in out
-    assert "memorization, mean over examples             –" in out
+    assert "memorization, mean over examples               –" in out
     assert "most memorized" not in out
     assert "█" not in out
     sound(found, tmp_path)
@@ -231,7 +231,7 @@ def test_a_truth_that_tells_nothing_apart_is_left_out(capsys, tmp_path, value):
 def test_truth_beside_no_value_is_a_dash(capsys, tmp_path):
     included, correct = planted(m=1)
     found = found_of(included, correct, truth=np.arange(12) < 2)
-    assert "memorization of suspects / others            – / –" in shown(found, capsys)
+    assert "memorization of suspects / others              – / –" in shown(found, capsys)
     sound(found, tmp_path)
 
 

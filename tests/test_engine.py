@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from memdiag.engine import ATTEMPTS, Engine
 from memdiag.errors import IncompleteError, InputError
 
 HERE = Path(__file__).resolve().parent
-HAS_RAY = importlib.util.find_spec("ray") is not None
+HAS_RAY = importlib.util.find_spec("ray") is not None and " " not in sys.executable  # Ray cannot start from there
 NEEDS_RAY = [pytest.mark.slow, pytest.mark.skipif(not HAS_RAY, reason='needs Ray: pip install "memdiag[ray]"')]
 RAY = pytest.param("ray", marks=NEEDS_RAY)
 BESIDE = pytest.mark.parametrize("name", ["inline", RAY])  # engines whose work is in processes of its own
@@ -293,6 +294,15 @@ def test_no_work_outlives_a_kill_9(lingering: subprocess.Popen[bytes], name: str
 def test_importing_the_engine_imports_neither_ray_nor_torch() -> None:
     code = "import sys, memdiag.engine; print({'ray', 'torch'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_a_path_with_a_space_is_refused_before_ray_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = types.SimpleNamespace(__file__="/lib/ray/__init__.py", is_initialized=lambda: False)
+    monkeypatch.setattr(engine_ray, "_ray", lambda: ray)
+    monkeypatch.setattr(sys, "executable", "/my envs/bin/python")
+    said = r"^--engine ray: Ray cannot start from a path with a space, /my envs/bin/python; .* use --engine inline$"
+    with pytest.raises(InputError, match=said), engine_ray.connected(None):
+        pass
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from memdiag.memorization import (
     Memorization,
     Sums,
     any_included,
+    at_least,
     estimate,
     median_width,
     models_needed,
@@ -94,7 +95,10 @@ def test_interval_of_a_mean_by_hand():
     half = math.hypot(t2 * s_in / math.sqrt(3), t1 * s_out / math.sqrt(2))
     assert (found.lo[0], found.hi[0]) == pytest.approx((0.5 - half, 0.5 + half))
     found = estimate(summed(included, measure), kind="bounded")  # both arms reach beyond [0, 1]
-    assert found.lo[0] == pytest.approx(0.5 - math.hypot(t2 * s_in / math.sqrt(3), 1 - 0.3))
+    z2 = stats.norm.ppf(0.975) ** 2
+    low = (0.8 + z2 / 6 - math.sqrt(z2 * (0.8 * 0.2 / 3 + z2 / 36))) / (1 + z2 / 3)
+    assert low < 0.8 - t2 * s_in / math.sqrt(3)  # so near to 1 the wider of the two holds
+    assert found.lo[0] == pytest.approx(0.5 - math.hypot(0.8 - low, 1 - 0.3))
     assert found.hi[0] == pytest.approx(0.5 + math.hypot(1 - 0.8, 0.3))
     assert (found.s_in[0], found.s_out[0]) == pytest.approx((s_in, s_out))
 
@@ -126,6 +130,16 @@ def test_rank_probabilities_by_hand_and_in_sum():
 # ---- the definition as a plain loop ----
 
 
+def bounded(arm, low: float, high: float) -> tuple[float, float]:
+    """A t interval, cut to [0, 1], and widened to Wilson's where the mean is within 1 / n of 0 or 1."""
+    n, p = len(arm), float(np.mean(arm))
+    if min(p, 1 - p) * n < 1:
+        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        low = min(low, (middle - half) / (1 + Z**2 / n))
+        high = max(high, (middle + half) / (1 + Z**2 / n))
+    return max(low, 0), min(high, 1)
+
+
 @pytest.mark.parametrize("kind", ["binary", "bounded", "real"])
 def test_estimates_are_those_of_plain_loops(kind):
     included, measure = some(0, n_models=14)
@@ -153,7 +167,7 @@ def test_estimates_are_those_of_plain_loops(kind):
             l_in, u_in = stats.t.interval(0.95, len(one) - 1, np.mean(one), stats.sem(one))
             l_out, u_out = stats.t.interval(0.95, len(other) - 1, np.mean(other), stats.sem(other))
             if kind == "bounded":
-                l_in, u_in, l_out, u_out = max(l_in, 0), min(u_in, 1), max(l_out, 0), min(u_out, 1)
+                (l_in, u_in), (l_out, u_out) = bounded(one, l_in, u_in), bounded(other, l_out, u_out)
             assert found.se[i] == pytest.approx(math.hypot(stats.sem(one), stats.sem(other)))
         d = np.mean(one) - np.mean(other)
         lo, hi = (
@@ -538,7 +552,28 @@ def test_bounded_intervals_cover(n_models):
     included = arms(n_models // 2, n_models // 2, 5000)
     measure = np.where(included, rng.beta(20, 2, included.shape), rng.beta(3, 3, included.shape))
     share = covered(estimate(summed(included, measure), kind="bounded"), np.full(5000, 20 / 22 - 0.5)).mean()
-    assert 0.93 <= share <= 0.97
+    assert 0.93 <= share <= (0.97 if n_models > 8 else 1.0)  # four models near 1 have the wider of two intervals
+
+
+@pytest.mark.parametrize("n_models", [8, 16, 32])
+def test_nearly_equal_values_near_the_end_do_not_hide_a_rare_failure(n_models):
+    """Nine models in ten know the text but for a token now and then, the tenth does not: few models may not show it."""
+    rng = np.random.default_rng(n_models)
+    n = 4000
+    included = rng.random((n_models, n)).argsort(axis=0) < n_models // 2
+    learned = rng.random((n_models, n)) < 0.9
+    inside = np.where(learned, 1 - rng.binomial(1, 0.3, (n_models, n)) / 32, 0.3)
+    measure = np.where(included, inside, rng.binomial(32, 0.1, (n_models, n)) / 32)
+    truth = 0.9 * (1 - 0.3 / 32) + 0.1 * 0.3 - 0.1
+    assert covered(estimate(summed(included, measure), kind="bounded"), np.full(n, truth)).mean() >= 0.93
+    # the control: Student's t alone
+    alone = estimate(summed(included, measure), kind="real")
+    known = ~np.isnan(alone.lo)
+    assert covered(alone, np.full(n, truth))[known].mean() < 0.9
+
+
+def test_a_threshold_is_reached_in_spite_of_rounding():
+    assert at_least(np.array([1 - 0.9, 0.1, 0.0999, np.nan]), 0.1).tolist() == [True, True, False, False]
 
 
 def test_the_plug_in_interval_would_not_cover():

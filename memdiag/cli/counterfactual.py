@@ -72,7 +72,9 @@ def counterfactual(
             show_default=False,
         ),
     ] = None,
-    epochs: Annotated[int | None, o.option(help="Passes over a subset. Default: 60; language model: 5.")] = None,
+    epochs: Annotated[
+        int | None, o.option(help="Passes over a subset of average size. Default: 60; language model: 5.")
+    ] = None,
     batch_size: Annotated[int | None, o.option(help="Examples in an update. Default: 64; language model: 32.")] = None,
     optimizer: Annotated[str | None, o.option(help="sgd (features; momentum 0.9) or adamw (tokens).")] = None,
     lr: Annotated[
