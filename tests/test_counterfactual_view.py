@@ -113,7 +113,7 @@ def test_the_screen_shows_what_the_summary_holds(capsys):
         f"{about['memorized']} ({about['memorized'] / 12:.1%})",
         "(3 of them)",
         "0 of 36 pairs; about 0 by chance",
-        f"{about['median_width']:.3f}; {about['models_for_width'] - 8:,} more models make it 0.1",
+        f"{about['median_width']:.3f}; at least {about['models_for_width'] - 8:,} more models make it 0.1",
         "note: 8 models: an example's figure is rough below 50",
         "directory: out",
     ):  # fmt: skip
