@@ -307,12 +307,20 @@ def _train_alone(member: Member, model: nn.Module, data: Data, recipe: Recipe, s
     loss_of, at = _Loss(model), training.begin(model, recipe)
     for step in range(steps):
         with training.seeded(member.seed, step):
-            loss_of(data.batch(next(order)[0])).backward()
+            loss_of(_trimmed(data.batch(next(order)[0]))).backward()
         if recipe.clip:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         _set_lr(at.optimizer, recipe.lr_at(step))
         at.optimizer.step()
         at.optimizer.zero_grad(set_to_none=True)
+
+
+def _trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of one model without what is padding for all of it."""
+    if "mask" not in batch:
+        return batch
+    longest = int(batch["mask"].sum(1).max())
+    return batch | {name: batch[name][:, :longest] for name in ("tokens", "mask")}
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

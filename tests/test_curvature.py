@@ -266,7 +266,7 @@ def test_the_seed_and_the_row_choose_the_vectors():
     curved = Curvature(model, inputs, n_probes=2)
     found = curved(inputs, np.array([3, 4])).trace
     assert found[0] != pytest.approx(found[1], rel=1e-4)
-    assert (curved(inputs, np.array([3, 3])).trace == found[0]).all()
+    assert curved(inputs, np.array([3, 3])).trace == pytest.approx(found[0], rel=1e-6)  # rounding goes by the place
     assert Curvature(model, inputs, n_probes=2, seed=1)(inputs, np.array([3, 4])).trace[0] != found[0]
 
 

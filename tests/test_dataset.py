@@ -215,7 +215,7 @@ def test_a_guessed_label_of_text_or_lists_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "wanted"),
     [
-        ({"txet": "text"}, "no role 'txet'; there are attention_mask, features, id, input_ids, label, text"),
+        ({"txet": "text"}, "no role 'txet'; there are attention_mask, features, group, id, input_ids, label, text"),
         ({"text": "boby"}, "no column 'boby'; there are body, v; did you mean 'body'?"),
         ({}, "no column to read examples from; found body, v; name one as text, input_ids or features"),
         ({"text": "body", "features": "v"}, "wanted one of them"),

@@ -287,9 +287,10 @@ def test_the_norms_are_those_of_one_backward_per_example(name):
     found = normer(inputs)
     assert normer.way == way, normer.passed_over
     expected = np.array(by_definition(model, inputs))
-    np.testing.assert_allclose(found.whole, expected[:, 0], rtol=2e-5)
+    # float32; how far they are apart is the processor's: 3.4e-5 with a norm on one, below 2e-5 on another
+    np.testing.assert_allclose(found.whole, expected[:, 0], rtol=1e-4)
     if has_features:
-        np.testing.assert_allclose(found.inputs, expected[:, 1], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(found.inputs, expected[:, 1], rtol=1e-4, atol=1e-6)
     else:
         assert found.inputs is None
     assert found.last_layer is None
