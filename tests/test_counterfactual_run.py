@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -1329,3 +1330,17 @@ def test_the_most_memorized_are_told_once_for_each_group(here):
     groups = dict(zip(found.table["example_id"].to_pylist(), found.table["group_id"].to_pylist()))
     told = [groups[row["example_id"]] for row in found.summary["top"]]
     assert len(told) == len(set(told))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None or " " in sys.executable, reason="needs Ray, in a path without a space"
+)
+def test_ray_trains_the_same_models(here):
+    inline = counterfactual("data.jsonl", **SMALL, out="inline")
+    ray = counterfactual("data.jsonl", **SMALL | {"chunk": 3}, engine="ray", out="ray")
+    assert inline.models.table["weights"].equals(ray.models.table["weights"])
+    assert set(ray.models.table["engine"].to_pylist()) == {"ray"}
+    assert tables.differing(inline.report, ray.report) == []
+    for shard in Path("inline/shards").glob("*.parquet"):
+        assert shard.read_bytes() == (Path("ray/shards") / shard.name).read_bytes()
