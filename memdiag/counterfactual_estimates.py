@@ -193,9 +193,8 @@ def write_reports(
     ids = examples.table["example_id"].slice(0, examples.n).to_pylist()
     labels = examples.table["label"].slice(0, examples.n).to_pylist()
     about = summary_of(
-        found.hard, found.soft, found.halves, found.models, examples.truth(), ids, labels, told,
-        width=options.until_width, seed=options.seed, subset_ratio=options.subset_ratio, meta=meta,
-        n_groups=len(examples.first), n_held_out=examples.n_held_out, groups=examples.groups,
+        found.hard, found.soft, found.halves, found.models, examples.truth(), ids, labels, examples.groups, told,
+        n_held_out=examples.n_held_out, options=options, meta=meta,
     )  # fmt: skip
     write_text(folder / SUMMARY, json.dumps(about, indent=2) + "\n")
     whole = folder / f".{MAIN}.whole"

@@ -14,7 +14,7 @@ from scipy import stats
 from memdiag import agreement
 from memdiag import memorization as method
 from memdiag.agreement import Estimate
-from memdiag.counterfactual_report import FEWEST, INTERPOLATES, MEMORIZED
+from memdiag.counterfactual_report import FEWEST, INTERPOLATES, MEMORIZED, CounterfactualOptions
 from memdiag.memorization import Memorization
 
 WIDTH = 0.1  # of an interval, that more models are counted for unless the user names one
@@ -32,15 +32,12 @@ def summary_of(
     truth: NDArray[np.bool_] | None,
     ids: Sequence[str],
     labels: Sequence[int | None],
+    groups: NDArray[np.int64],
     influence: Mapping[str, Any] | None,
     *,
-    width: float | None,
-    seed: int,
-    subset_ratio: float,
-    meta: Mapping[str, Any],
-    n_groups: int,
     n_held_out: int,
-    groups: NDArray[np.int64] | None = None,
+    options: CounterfactualOptions,
+    meta: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that the screen shows, as plain values.
 
@@ -51,28 +48,25 @@ def summary_of(
         models: rows of models.parquet.
         truth: (n,) whether an example is suspect; None: not known.
         ids, labels: (n,).
+        groups: (n,) whom each shares its coin with, numbered from 0; the most memorized are told once for each.
         influence: counts of pairs; None: nothing is held out.
-        width: wanted of the intervals; None: WIDTH.
-        seed: of resamples.
-        groups: (n,) whom each shares its coin with: the most memorized are told once for each; None: all are alone.
+        options, meta: of the run.
     """
     mem = hard.memorization
     known = np.flatnonzero(~np.isnan(mem))
     # among those that every model knows or none, the soft measure tells
     order = known[np.lexsort((-soft.memorization[known], -mem[known]))]
-    if groups is not None:
-        order = order[np.sort(np.unique(groups[order], return_index=True)[1])]
-    order = order[:TOP]
-    aim = width or WIDTH
+    order = order[np.sort(np.unique(groups[order], return_index=True)[1])][:TOP]
+    aim = options.until_width or WIDTH
     found: dict[str, Any] = {
         "model": meta["model"],
         "data": meta["dataset"]["name"],
         "language": hard.kind != "binary",
         "models": len(models),
         "examples": len(mem),
-        "groups": n_groups,
+        "groups": int(groups.max()) + 1,
         "held_out": n_held_out,
-        "subset_ratio": subset_ratio,
+        "subset_ratio": options.subset_ratio,
         "way": meta["identity"]["way"],
         "accuracy_in": asdict(_over_models(models, "accuracy_in")),
         "accuracy_out": asdict(_over_models(models, "accuracy_out")),
@@ -82,7 +76,7 @@ def summary_of(
         "memorized": int(method.at_least(mem, MEMORIZED).sum()),
         "without_value": len(mem) - len(known),
         "median_width": method.median_width(hard),
-        "until_width": width,
+        "until_width": options.until_width,
         "width_wanted": aim,
         "models_for_width": method.models_needed(hard, len(models), aim),
         "stability": None if halves is None else asdict(method.split_half(*halves)),

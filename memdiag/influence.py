@@ -59,7 +59,7 @@ class Block:
     se: Floats
     n_in: Ints
     n_out: Ints
-    binary: bool = True
+    binary: bool
 
 
 def blocks(

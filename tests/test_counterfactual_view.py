@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from memdiag import counterfactual_view, memorization, tables
-from memdiag.counterfactual_report import Counterfactual
+from memdiag.counterfactual_report import Counterfactual, CounterfactualOptions
 from memdiag.counterfactual_rows import CounterfactualRow, SizeRow, TurnOverRow
 from memdiag.counterfactual_summary import BINS, TOP, summary_of
 from memdiag.memorization import Sums
@@ -54,8 +54,8 @@ def found_of(included, correct, *, truth=None, ids=None, language=False, held_ou
     half = slice(0, None, 2), slice(1, None, 2)
     halves = tuple(estimates(included[h], correct[h], kind) for h in half) if m > 1 else None
     about = summary_of(
-        hard, soft, halves, models, truth, ids, labels, told, width=None, seed=0, subset_ratio=0.5, meta=meta,
-        n_groups=n, n_held_out=held_out,
+        hard, soft, halves, models, truth, ids, labels, np.arange(n), told, n_held_out=held_out,
+        options=CounterfactualOptions(subset_ratio=0.5), meta=meta,
     )  # fmt: skip
     columns = {
         "row": np.arange(n), "example_id": ids, "group_id": ids, "copies": [1] * n, "label": labels,

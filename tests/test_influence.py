@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from memdiag.influence import Block, blocks, pairs, shuffled
+from memdiag.influence import Block, _quantile, blocks, pairs, shuffled
 from memdiag.memorization import Sums, estimate
 
 
@@ -34,6 +36,7 @@ def whole(coins: np.ndarray, measure: np.ndarray, *, binary: bool, **sizes: int)
         np.concatenate([part.se for part in found]),
         found[0].n_in,
         found[0].n_out,
+        binary,
     )
 
 
@@ -45,7 +48,7 @@ def all_pairs(parts, **options) -> dict[str, np.ndarray]:
 def block_of(influence, se, n_in=None, n_out=None) -> Block:
     influence, se = np.asarray(influence, dtype=float), np.asarray(se, dtype=float)
     n = np.arange(influence.shape[1])
-    return Block(0, influence, se, n if n_in is None else n_in, n + 10 if n_out is None else n_out)
+    return Block(0, influence, se, n if n_in is None else n_in, n + 10 if n_out is None else n_out, True)
 
 
 # ---- by hand and as loops ----
@@ -337,3 +340,15 @@ def test_a_million_pairs_are_quick():
     found = all_pairs(blocks(bits, 2000, measure, binary=True))
     assert time.process_time() - start < 5  # 0.3 s on one core; a loop over pairs takes a minute
     assert len(found["test"]) >= 1500
+
+
+def test_few_models_need_more_standard_errors_of_a_measure_that_is_not_binary():
+    n_in, n_out = np.array([5, 4, 2, 40]), np.array([5, 9, 1, 400])
+    part = Block(0, np.full((1, 4), 0.5), np.full((1, 4), 0.07), n_in, n_out, False)
+    # P(t > q) = P(normal > 3) = .00135: q is 6.62 with 4 degrees of freedom, 9.22 with 3, 3.20 with 39, none with 0
+    wanted = stats.t.isf(stats.norm.sf(3), [4, 3, 39])
+    assert wanted == pytest.approx([6.62, 9.22, 3.20], abs=0.01)
+    np.testing.assert_allclose(_quantile(part, 3.0), [wanted[0], wanted[1], np.inf, wanted[2]])
+    (found,) = pairs([part], top=0)
+    assert found["group"].tolist() == [0, 3]  # .5 / .07 = 7.1
+    assert _quantile(dataclasses.replace(part, binary=True), 3.0) == 3.0
