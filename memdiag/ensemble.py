@@ -170,7 +170,7 @@ def way_of(new: New, data: Data, recipe: Recipe) -> tuple[str, str]:
     if any(not torch.allclose(state.buffers[name][0].double(), own[name].double(), rtol=AGREE) for name in own):
         return "alone", "what it keeps beside its weights is another under vmap"
     if data.device.type == "cpu" and _operations(model, data, some) * recipe.batch_size / len(some) > HEAVY:
-        return "alone", "its updates keep a core busy without others"
+        return "alone", "one update keeps a core busy"
     return "vmap", ""
 
 
