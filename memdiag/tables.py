@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.json
 import pyarrow.parquet as pq
 
 from memdiag.errors import IncompleteError, InputError, one_line
@@ -85,7 +86,7 @@ def described(schema: pa.Schema) -> list[tuple[str, str, str, bool, str]]:
     out = []
     for field in schema:
         meta = field.metadata or {}
-        unit, doc = meta.get(b"unit", b"").decode(), meta.get(b"doc", b"").decode()
+        unit, doc = (meta.get(key, b"").decode(errors="replace") for key in (b"unit", b"doc"))  # a file may be damaged
         out.append((field.name, str(field.type), unit, field.nullable, doc))
     return out
 
@@ -114,6 +115,28 @@ def to_batch(row: type, rows: Rows) -> pa.RecordBatch:
             be. All of these are bugs of the caller.
     """
     schema = schema_of(row)
+    return pa.RecordBatch.from_pydict(_checked(row, schema, rows), schema=schema)
+
+
+def to_small_batch(row: type, rows: Rows) -> pa.RecordBatch:
+    """`to_batch` of a few rows of plain Python values, by way of JSON: pyarrow imports pandas to look at a list, which
+    takes longer than all else that a command like `check` does.
+    """
+    schema = schema_of(row)
+    columns = _checked(row, schema, rows)
+    lines = "\n".join(json.dumps(dict(zip(columns, values))) for values in zip(*columns.values())).encode()
+    if not lines:
+        return pa.RecordBatch.from_pydict(columns, schema=schema)
+    table = pyarrow.json.read_json(
+        pa.BufferReader(lines),
+        read_options=pyarrow.json.ReadOptions(block_size=len(lines) + 1),
+        parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
+    )
+    return pa.RecordBatch.from_arrays(table.combine_chunks().to_batches()[0].columns, schema=schema)
+
+
+def _checked(row: type, schema: pa.Schema, rows: Rows) -> dict[str, list[Any]]:
+    """Rows as columns, each fit for its declaration; errors as `to_batch`."""
     names = set(schema.names)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for record in rows:
@@ -127,7 +150,7 @@ def to_batch(row: type, rows: Rows) -> pa.RecordBatch:
             raise ValueError(f"column {field.name} may not be null or NaN")
         if any(isinstance(value, float) and math.isinf(value) for value in values):
             raise ValueError(f"column {field.name} holds an infinity")
-    return pa.RecordBatch.from_pydict(columns, schema=schema)
+    return columns
 
 
 def from_columns(row: type, columns: Mapping[str, Any]) -> pa.RecordBatch:
@@ -172,7 +195,7 @@ def write(path: Path, row: type, batches: Iterable[Rows | pa.RecordBatch], meta:
         InputError: the place cannot be written to.
     """
     schema = _with_meta(schema_of(row), meta)
-    with _replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for rows in batches:
             batch = rows if isinstance(rows, pa.RecordBatch) else to_batch(row, rows)
             if batch.num_rows:
@@ -182,7 +205,7 @@ def write(path: Path, row: type, batches: Iterable[Rows | pa.RecordBatch], meta:
 def join(path: Path, row: type, parts: Iterable[Path], meta: Mapping[str, Any]) -> None:
     """One report out of parts with the same columns, row group by row group, in the order given."""
     schema = _with_meta(schema_of(row), meta)
-    with _replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for part in parts:
             with _opened(part) as source, pq.ParquetFile(source) as piece:
                 for i in range(piece.num_row_groups):
@@ -195,10 +218,18 @@ def _with_meta(schema: pa.Schema, meta: Mapping[str, Any]) -> pa.Schema:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place if the block succeeds and is removed if it does not."""
+def replacing(path: Path, *, option: str = "--out") -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place if the block succeeds and is removed if it does not.
+
+    Args:
+        path: where.
+        option: that says so, for errors.
+    Raises:
+        IncompleteError: the disk is full.
+        InputError: the place cannot be written to.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with _explaining(path):
+    with _explaining(path, option):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
@@ -211,7 +242,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _explaining(path: Path) -> Iterator[None]:
+def _explaining(path: Path, option: str = "--out") -> Iterator[None]:
     """An OSError of writing as an error that says what to do."""
     try:
         yield
@@ -220,7 +251,7 @@ def _explaining(path: Path) -> Iterator[None]:
             todo = "free some space and run the same command again to go on"
             raise IncompleteError(f"{path}: the disk is full; {todo}") from error
         raise InputError(
-            f"{path} cannot be written ({one_line(error.strerror or error)}); choose another --out"
+            f"{path} cannot be written ({one_line(error.strerror or error)}); choose another {option}"
         ) from error
 
 
@@ -276,7 +307,7 @@ def read_schema(path: Path) -> pa.Schema:
 def _meta_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
     try:
         meta = json.loads((schema.metadata or {})[KEY])
-        if not isinstance(meta, dict) or "report" not in meta:
+        if not isinstance(meta, dict) or not isinstance(meta.get("report"), str):
             raise ValueError
     except (KeyError, ValueError):
         raise InputError(f"{path} is Parquet but no report of memdiag (no {KEY.decode()!r} metadata)") from None
@@ -396,7 +427,7 @@ class Parts:
         if found is None:
             for old in self.directory.glob("[!.]*"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-            with _replacing(file) as opened:
+            with replacing(file) as opened:
                 opened.write(json.dumps(identity, sort_keys=True).encode())
 
     def _locked(self) -> IO[str]:
