@@ -24,7 +24,7 @@ from memdiag import counterfactual_view, influence, memorization, tables
 from memdiag.counterfactual_report import Counterfactual, CounterfactualOptions
 from memdiag.counterfactual_rows import CounterfactualRow, ExampleRow, InfluenceRow, ModelRow
 from memdiag.counterfactual_shards import FOLDER, Shard, read_shard, shard_path, time_of
-from memdiag.counterfactual_summary import summary_of
+from memdiag.counterfactual_summary import noise_floor, summary_of
 from memdiag.errors import InputError
 from memdiag.memorization import Kind, Memorization, Sums
 
@@ -198,7 +198,8 @@ def write_reports(
     )  # fmt: skip
     write_text(folder / SUMMARY, json.dumps(about, indent=2) + "\n")
     whole = folder / f".{MAIN}.whole"
-    tables.write(whole, CounterfactualRow, _main_rows(examples, found), of(CounterfactualRow))
+    stated = of(CounterfactualRow) | {"noise_floor": noise_floor(found.models)}
+    tables.write(whole, CounterfactualRow, _main_rows(examples, found), stated)
     counterfactual_view.plot_report(tables.read(whole), folder / PLOT)
     os.replace(whole, folder / MAIN)
 

@@ -90,6 +90,23 @@ def summary_of(
     return found
 
 
+def noise_floor(models: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What other models of the same run would move the mean of a column by: half-widths at 95 %, which `diff` respects.
+
+    Args:
+        models: rows of models.parquet; of fewer than two nothing can be told.
+    """
+    sides = [(row["accuracy_in"], row["accuracy_out"]) for row in models]
+    both = [(a, b) for a, b in sides if a is not None and b is not None]
+    values = {
+        "memorization": [a - b for a, b in both],
+        "p_in": [a for a, _ in sides if a is not None],
+        "p_out": [b for _, b in sides if b is not None],
+    }
+    halves = {name: _half(np.array(found, dtype=np.float64)) for name, found in values.items()}
+    return {name: half for name, half in halves.items() if half is not None}
+
+
 def _over_models(models: Sequence[Mapping[str, Any]], name: str) -> Estimate:
     """The mean over models, with Student's t interval: there may be few."""
     values = np.array([row[name] for row in models if row[name] is not None], dtype=np.float64)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from memdiag.counterfactual_summary import _mean_of, _over_models
+from memdiag.counterfactual_summary import _mean_of, _over_models, noise_floor
 
 T2 = 4.302652729911275  # Student's t, two degrees of freedom, 97.5 %
 Z = 1.959963984540054
@@ -27,6 +27,20 @@ def test_one_model_and_none_have_no_interval():
     assert _over_models(models([0.9], [None]), "accuracy_out").value is None
     assert _mean_of(np.array([0.5, 0.7]), models([0.9], [0.1])).lo is None
     assert _mean_of(np.array([np.nan]), models([0.9, 0.8], [0.1, 0.2])).value is None
+
+
+def test_what_other_models_would_move_a_mean_by():
+    found = noise_floor(models([0.9, 0.8, 0.7], [0.1, 0.1, 0.4]))
+    spread = [0.8, 0.7, 0.3]
+    assert found == pytest.approx(
+        {
+            "memorization": T2 * np.std(spread, ddof=1) / math.sqrt(3),
+            "p_in": T2 * 0.1 / math.sqrt(3),
+            "p_out": T2 * np.std([0.1, 0.1, 0.4], ddof=1) / math.sqrt(3),
+        }
+    )
+    assert noise_floor(models([0.9], [0.1])) == {}
+    assert set(noise_floor(models([0.9, 0.8], [None, 0.1]))) == {"p_in"}
 
 
 def test_a_mean_over_examples_and_models_by_hand():
