@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -15,8 +17,16 @@ from memdiag.drawing import number, savefig
 from memdiag.tables import Report
 
 BAR = 40  # characters of the longest bar
-KEPT_COLOUR, HELD_COLOUR = "#1f4e79", "#b03a2e"
 CALLS = ("constant", "falling", "rising", "cap", "other")
+STYLE: dict[Any, Any] = {  # of a plot in a file
+    "axes.prop_cycle": "cycler(color=['#1f4e79', '#b03a2e', '#999999', '#c98a00', '#555555'])",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
 
 
 def summary(found: Counterfactual) -> dict[str, Any]:
@@ -205,6 +215,7 @@ def plot(found: Counterfactual, path: Path) -> None:
 
 def plot_report(report: Report, path: Path) -> None:
     """Histogram of memorization, and accuracy in against out."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     table = report.table
@@ -215,42 +226,79 @@ def plot_report(report: Report, path: Path) -> None:
     truth = table["truth"].to_pylist()
     suspect = np.array([value is True for value in truth])
     canvas = Figure(figsize=(9, 4), layout="constrained", dpi=150)
-    left, right = canvas.subplots(1, 2)
-    bins = np.linspace(min(0.0, float(np.floor(10 * mem[known].min()) / 10)) if known.any() else 0.0, 1.0, 31)
+    edges = edges_of(float(mem[known].min()) if known.any() else 0.0)
     groups = [mem[known & ~suspect], mem[known & suspect]] if suspect.any() else [mem[known]]
-    colours = [KEPT_COLOUR, HELD_COLOUR][: len(groups)]
+    with matplotlib.rc_context(STYLE):
+        left, right = canvas.subplots(1, 2)
+        draw_counts(left, edges, [np.histogram(group, edges)[0] for group in groups])
+        left.set(xlabel="memorization: p in − p out")
+        draw_in_out(right, p_in[known], p_out[known], suspect[known])
+        meta = report.meta
+        title = f"{meta['model']} on {meta['dataset']['name']}, {meta['n_models']} models"
+        canvas.suptitle(_drawable(title), fontsize=9, x=0.01, ha="left", parse_math=False)  # a $ in a name is a $
+        savefig(canvas, path)
+
+
+def edges_of(lowest: float) -> NDArray[np.float64]:
+    """(31,) edges of a histogram of memorization whose lowest value this is."""
+    return np.linspace(min(0.0, float(np.floor(10 * lowest) / 10)), 1.0, 31)
+
+
+def draw_counts(axis: Any, edges: NDArray[np.float64], groups: Sequence[NDArray[np.int64]]) -> None:
+    """Examples in each bin on a log scale; of a second group, the suspects.
+
+    Args:
+        axis: to draw on.
+        edges: (b + 1,) of the bins.
+        groups: one or two of (b,) counts.
+    """
+    from matplotlib.ticker import NullFormatter
+
+    middles = [(edges[:-1] + edges[1:]) / 2] * len(groups)
+    names, some = ["examples", "suspect"][: len(groups)], any(group.any() for group in groups)
     # side by side and not stacked: on a log scale the upper part of a stack has no meaning
-    names = ["examples", "suspect"][: len(groups)]
-    left.hist(groups, bins=bins.tolist(), color=colours, label=names, log=bool(known.any()))
-    if known.any():
-        left.set_ylim(bottom=0.5)  # so that a single example is a bar
+    axis.hist(middles, bins=edges.tolist(), weights=groups, color=["C0", "C1"][: len(groups)], label=names, log=some)
+    if some:
+        axis.set_ylim(bottom=0.5)  # so that a single example is a bar
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     if len(groups) > 1:
-        left.legend(fontsize=8, frameon=False, loc="upper center")
-    left.set(xlabel="memorization: p in − p out", ylabel="examples (log scale)")
+        axis.legend(loc="upper center")
+    axis.set_ylabel("examples (log scale)")
+
+
+def draw_in_out(
+    axis: Any,
+    p_in: NDArray[np.float64],
+    p_out: NDArray[np.float64],
+    suspect: NDArray[np.bool_],
+    *,
+    rasterized: bool = True,
+) -> None:
+    """Examples by how often models with and without them are right; all are (n,)."""
     # many examples lie on the same few rates: a little noise shows how many
-    jitter = np.random.default_rng(0).normal(0, 0.006, size=(2, len(mem)))
-    for of, colour, label in ((~suspect, KEPT_COLOUR, "examples"), (suspect, HELD_COLOUR, "suspect")):
-        chosen = known & of
+    jitter = np.random.default_rng(0).normal(0, 0.006, size=(2, len(p_in)))
+    for chosen, colour, label in ((~suspect, "C0", "examples"), (suspect, "C1", "suspect")):
         if chosen.any():
-            right.plot(
+            axis.plot(
                 (p_out + jitter[0])[chosen], (p_in + jitter[1])[chosen], ".", color=colour, markersize=3, alpha=0.4,
-                label=label, rasterized=True,
+                label=label, rasterized=rasterized,
             )  # fmt: skip
-    right.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-    right.annotate("memorization 0", (0.62, 0.58), fontsize=7, color="#666666", rotation=45, rotation_mode="anchor")
-    right.set(xlabel="right without it (p out)", ylabel="right with it (p in)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    if (known & suspect).any():
-        right.legend(fontsize=8, frameon=False, loc="lower right", markerscale=3)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    meta = report.meta
-    title = f"{meta['model']} on {meta['dataset']['name']}, {meta['n_models']} models"
-    canvas.suptitle(_drawable(title), fontsize=9, x=0.01, ha="left", parse_math=False)  # a $ in a name is a $
-    savefig(canvas, path)
+    label_in_out(axis)
+    if suspect.any():
+        axis.legend(loc="lower right", markerscale=3)
+
+
+def label_in_out(axis: Any) -> None:
+    """Axes of p out and p in, and the diagonal on which nothing is memorized."""
+    axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    axis.annotate("memorization 0", (0.62, 0.58), fontsize="small", rotation=45, rotation_mode="anchor")
+    axis.set(xlabel="right without it (p out)", ylabel="right with it (p in)", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
 
 
 def plot_sizes(found: Counterfactual, path: Path) -> None:
     """How many examples rise, fall, ..., and the mean curve of each kind."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     table, about = found.report.table, found.summary
@@ -258,39 +306,48 @@ def plot_sizes(found: Counterfactual, path: Path) -> None:
     mem = table["memorization"].to_numpy(zero_copy_only=False).astype(float).reshape(-1, len(widths))
     calls = np.array([str(call) for call in table["trajectory"].to_pylist()])[:: len(widths)]
     canvas = Figure(figsize=(6, 4), layout="constrained", dpi=150)
-    axis = canvas.subplots()
-    colours = dict(zip(CALLS, ("#999999", "#1f4e79", "#b03a2e", "#c98a00", "#555555")))
-    for call in CALLS:
-        chosen = calls == call
-        if chosen.any():
-            axis.plot(
-                widths, np.nanmean(mem[chosen], axis=0), "o-", color=colours[call], label=f"{call}: {chosen.sum():,}"
-            )
+    curves = {
+        call: (int((calls == call).sum()), np.nanmean(mem[calls == call], axis=0))
+        for call in CALLS
+        if (calls == call).any()
+    }
+    with matplotlib.rc_context(STYLE):
+        draw_sizes(canvas.subplots(), widths, curves)
+        savefig(canvas, path)
+
+
+def draw_sizes(axis: Any, widths: Sequence[int], curves: Mapping[str, tuple[int, NDArray[np.float64]]]) -> None:
+    """Mean memorization at every width of the examples that rise, fall, ...
+
+    Args:
+        axis: to draw on.
+        widths: (s,).
+        curves: one of CALLS -> how many examples, and (s,) their means.
+    """
+    colours = dict(zip(CALLS, ("C2", "C0", "C1", "C3", "C4")))
+    for call, (n, means) in curves.items():
+        axis.plot(widths, means, "o-", color=colours[call], label=f"{call}: {n:,}")
     axis.set_xscale("log")
     axis.set_xticks(widths, labels=[str(width) for width in widths])
     axis.minorticks_off()
     axis.set(xlabel="width", ylabel="memorization, mean of the examples", ylim=(min(-0.05, axis.get_ylim()[0]), 1.05))
     if axis.lines:
-        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axis.spines[["top", "right"]].set_visible(False)
-    savefig(canvas, path)
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def plot_turn_over(report: Report, path: Path) -> None:
     """Histogram of the self-influence."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     table = report.table
     values = table["self_influence"].to_numpy()
     suspect = np.array([value is True for value in table["truth"].to_pylist()])
     canvas = Figure(figsize=(6, 4), layout="constrained", dpi=150)
-    axis = canvas.subplots()
     groups = [values[~suspect], values[suspect]] if suspect.any() else [values]
-    names = ["examples", "suspect"][: len(groups)]
-    axis.hist(groups, bins=25, color=[KEPT_COLOUR, HELD_COLOUR][: len(groups)], label=names, log=True)
-    axis.set_ylim(bottom=0.5)
-    axis.set(xlabel="self-influence (nats)", ylabel="examples (log scale)")
-    if suspect.any():
-        axis.legend(fontsize=8, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    savefig(canvas, path)
+    edges = np.histogram_bin_edges(values, bins=25)
+    with matplotlib.rc_context(STYLE):
+        axis = canvas.subplots()
+        draw_counts(axis, edges, [np.histogram(group, edges)[0] for group in groups])
+        axis.set(xlabel="self-influence (nats)")
+        savefig(canvas, path)

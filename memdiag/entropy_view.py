@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 MOST_TABLES = 6
+STYLE: dict[Any, Any] = {  # of a plot in a file
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+}
 
 
 def grouped(report: Report) -> dict[tuple[str, str | None], dict[str, list[Row]]]:
@@ -65,7 +74,7 @@ def print_table(report: Report) -> None:
     console.print(str(report.path), markup=False, highlight=False, soft_wrap=True)
 
 
-def _title(unit: str, pooling: str | None, rows: list[Row]) -> str:
+def title_of(unit: str, pooling: str | None, rows: list[Row]) -> str:
     first = rows[0]
     pooled = "one vector an example"
     if first["n_tokens"] + first["n_tokens_dropped"] > first["n_examples"]:
@@ -88,7 +97,7 @@ def _print_checkpoint(console: Console, unit: str, pooling: str | None, rows: li
 
     first = rows[0]
     loss = f", cross-entropy {first['cross_entropy']:.3f} nats" if first["cross_entropy"] is not None else ""
-    console.print(f"[bold]{escape(first['checkpoint'])}[/]  {_title(unit, pooling, rows)}{loss}", highlight=False)
+    console.print(f"[bold]{escape(first['checkpoint'])}[/]  {title_of(unit, pooling, rows)}{loss}", highlight=False)
     table = _table("layer", "mbe (nats)", "95 % interval", "mbe/max", "", "centred", "row-norm.", "eff.rank", "cosine")
     for row in rows:
         share = row["mbe"] / row["mbe_max"] if row["mbe"] is not None and row["mbe_max"] else None
@@ -112,7 +121,7 @@ def _print_checkpoint(console: Console, unit: str, pooling: str | None, rows: li
 
 
 def _print_trend(console: Console, unit: str, pooling: str | None, checkpoints: list[list[Row]]) -> None:
-    title = f"[bold]over {len(checkpoints)} checkpoints[/]  {_title(unit, pooling, checkpoints[0])}"
+    title = f"[bold]over {len(checkpoints)} checkpoints[/]  {title_of(unit, pooling, checkpoints[0])}"
     console.print(title, highlight=False)
     table = _table("layer", "first", "trend", "last", "change")
     losses = [rows[0]["cross_entropy"] for rows in checkpoints]
@@ -129,21 +138,27 @@ def plot(report: Report, path: Path) -> None:
 
     Errors as `savefig`.
     """
+    import matplotlib
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     groups = grouped(report)
     is_run = len(report.meta["checkpoint"]) > 1
     figure = Figure(figsize=(11 if is_run else 6.5, 3.8 * len(groups)), layout="constrained", dpi=150)
-    axes = figure.subplots(len(groups), 2 if is_run else 1, squeeze=False)
-    for row_of_axes, ((unit, pooling), checkpoints) in zip(axes, groups.items()):
-        rows = list(checkpoints.values())
-        title = _title(unit, pooling, rows[0])
-        if is_run:
-            _draw_lines(row_of_axes[0], rows, title)
-            _draw_map(figure, row_of_axes[1], rows)
-        else:
-            _draw_profile(row_of_axes[0], rows[0], title)
-    savefig(figure, path)
+    with matplotlib.rc_context(STYLE):
+        axes = figure.subplots(len(groups), 2 if is_run else 1, squeeze=False)
+        for row_of_axes, ((unit, pooling), checkpoints) in zip(axes, groups.items()):
+            rows = list(checkpoints.values())
+            if is_run:
+                colours = [colormaps["viridis"](0.9 * i / max(1, len(rows[0]) - 1)) for i in range(len(rows[0]))]
+                draw_lines(row_of_axes[0], rows, colours)
+                draw_map(figure, row_of_axes[1], rows)
+                row_of_axes[0].set_title(title_of(unit, pooling, rows[0]))
+                row_of_axes[1].set_title("layer × step")
+            else:
+                draw_profile(row_of_axes[0], rows[0])
+                row_of_axes[0].set_title(f"{rows[0][0]['checkpoint']}: {title_of(unit, pooling, rows[0])}")
+        savefig(figure, path)
 
 
 def _floats(values: list[float | None]) -> list[float]:
@@ -156,20 +171,26 @@ def _positions(rows: list[list[Row]]) -> tuple[list[int], list[str]]:
     return list(range(len(rows))), labels
 
 
-def _label_steps(axis: Any, rows: list[list[Row]]) -> None:
+def label_steps(axis: Any, rows: list[list[Row]]) -> None:
+    """Ticks of draw_lines and draw_map; of many checkpoints at some."""
     at, labels = _positions(rows)
     every = max(1, math.ceil(len(at) / 12))
     axis.set_xticks(at[::every], labels[::every], rotation=0 if len(at) <= 8 else 45)
     axis.set_xlabel("training step")
 
 
-def _draw_lines(axis: Any, rows: list[list[Row]], title: str) -> None:
-    from matplotlib import colormaps
+def draw_lines(axis: Any, rows: list[list[Row]], colours: Sequence[Any]) -> None:
+    """MBE over the checkpoints, a line with its interval for each layer.
 
+    Args:
+        axis: to draw on.
+        rows: by checkpoint, then by layer.
+        colours: of the layers.
+    """
     at, _ = _positions(rows)
     by_layer = list(zip(*rows))
     for i, series in enumerate(by_layer):
-        colour = colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1))
+        colour = colours[i]
         values = _floats([row["mbe"] for row in series])
         axis.plot(at, values, marker="o", markersize=3, color=colour, label=f"layer {series[0]['layer']}")
         low, high = (_floats([row[end] for row in series]) for end in ("mbe_lo", "mbe_hi"))
@@ -177,18 +198,17 @@ def _draw_lines(axis: Any, rows: list[list[Row]], title: str) -> None:
     ceiling = by_layer[0][-1]["mbe_max"]
     if ceiling is not None:
         axis.axhline(ceiling, color="0.6", linestyle="--", linewidth=0.8)
-        axis.annotate("maximum", (0, ceiling), (0, -3), textcoords="offset points", va="top", fontsize=7, color="0.4")
+        axis.annotate("maximum", (0, ceiling), (0, -3), textcoords="offset points", va="top", fontsize="small")
     axis.set_ylim(bottom=0)
     has_interval = any(row["mbe_lo"] is not None for series in by_layer for row in series)
     axis.set_ylabel("MBE (nats), with 95 % interval" if has_interval else "MBE (nats)")
-    axis.set_title(title, fontsize=10, loc="left")
     if len(by_layer) <= 13:
-        axis.legend(fontsize=7, frameon=False, ncols=2)
-    axis.spines[["top", "right"]].set_visible(False)
-    _label_steps(axis, rows)
+        axis.legend(ncols=2)
+    label_steps(axis, rows)
 
 
-def _draw_map(figure: Any, axis: Any, rows: list[list[Row]]) -> None:
+def draw_map(figure: Any, axis: Any, rows: list[list[Row]]) -> None:
+    """MBE as colour, layers up and checkpoints across; the figures stand in the cells if there is room."""
     by_layer = list(zip(*rows))
     values = [_floats([row["mbe"] for row in series]) for series in by_layer]
     image = axis.imshow(values, aspect="auto", origin="lower", cmap="viridis", vmin=0)
@@ -196,16 +216,19 @@ def _draw_map(figure: Any, axis: Any, rows: list[list[Row]]) -> None:
         top = max((v for series in values for v in series if not math.isnan(v)), default=1.0) or 1.0
         for y, series in enumerate(values):
             for x, value in enumerate(series):
-                ink = "black" if value > 0.6 * top else "white"
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
-    axis.set_yticks(range(len(by_layer)), [str(series[0]["layer"]) for series in by_layer])
+                if not math.isnan(value):
+                    ink = "#111111" if value > 0.6 * top else "#ffffff"
+                    axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize="small", color=ink)
+    every = max(1, math.ceil(len(by_layer) / 24))
+    names = [str(series[0]["layer"]) for series in by_layer]
+    axis.set_yticks(range(0, len(by_layer), every), names[::every])
     axis.set_ylabel("layer")
-    axis.set_title("layer × step", fontsize=10, loc="left")
     figure.colorbar(image, ax=axis, label="MBE (nats)", fraction=0.05)
-    _label_steps(axis, rows)
+    label_steps(axis, rows)
 
 
-def _draw_profile(axis: Any, rows: list[Row], title: str) -> None:
+def draw_profile(axis: Any, rows: list[Row]) -> None:
+    """MBE by layer of one checkpoint, with its interval, beside its variants and the most that it can be."""
     layers = [row["layer"] for row in rows]
     for name, label, style in (
         ("mbe", "MBE", "-"),
@@ -218,8 +241,7 @@ def _draw_profile(axis: Any, rows: list[Row], title: str) -> None:
     )
     axis.plot(layers, _floats([row["mbe_max"] for row in rows]), color="0.6", linewidth=0.8, label="maximum")
     axis.set_ylim(bottom=0)
+    axis.locator_params(axis="x", integer=True)
     axis.set_xlabel("layer")
     axis.set_ylabel("nats")
-    axis.set_title(f"{rows[0]['checkpoint']}: {title}", fontsize=10, loc="left")
-    axis.legend(fontsize=7, frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")

@@ -25,8 +25,17 @@ SHOWN = {
     "train_clean_loss": "loss, clean",
     "test_loss": "loss, test",
 }
-COLOURS = {"train_corrupted_acc": "#c0392b", "train_clean_acc": "#2471a3", "test_acc": "#1e8449"}
+COLOURS = {"train_corrupted_acc": "C0", "train_clean_acc": "C1", "test_acc": "C2"}  # of STYLE's, or of who draws
 LABELS = {"train_corrupted_acc": "corrupted", "train_clean_acc": "clean", "test_acc": "test"}
+STYLE: dict[Any, Any] = {  # of a plot in a file
+    "axes.prop_cycle": "cycler(color=['#c0392b', '#2471a3', '#1e8449'])",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+}
 SPARK_POINTS = 32
 IPR_BINS = 20
 
@@ -183,6 +192,7 @@ def _print_filtration(console: Console, rows: list[Row]) -> None:
 
 def plot(found: Pruned, path: Path) -> None:
     """Draw three accuracies against the share pruned with the random band, and what else there is of each network."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     networks = found.meta["networks"]
@@ -190,16 +200,19 @@ def plot(found: Pruned, path: Path) -> None:
     dynamics = _by_seed(found.dynamics.table.to_pylist()) if found.dynamics is not None else {}
     columns = 3 if dynamics else 1
     figure = Figure(figsize=(5.2 * columns, 3.6 * len(networks)), layout="constrained", dpi=150)
-    for axes, network in zip(figure.subplots(len(networks), columns, squeeze=False), networks):
-        seed = network.get("seed")
-        _draw_curves(axes[0], rows[seed], found.meta["options"]["rank_by"], network)
-        if dynamics:
-            _draw_ipr(axes[1], neurons[seed])
-            _draw_dynamics(axes[2], dynamics[seed])
-    savefig(figure, path)
+    with matplotlib.rc_context(STYLE):
+        for axes, network in zip(figure.subplots(len(networks), columns, squeeze=False), networks):
+            seed = network.get("seed")
+            draw_curves(axes[0], rows[seed], found.meta["options"]["rank_by"], network["n_neurons"])
+            axes[0].set_title(title_of(network))
+            if dynamics:
+                draw_ipr(axes[1], neurons[seed])
+                draw_dynamics(axes[2], dynamics[seed])
+        savefig(figure, path)
 
 
-def _draw_curves(axis: Any, rows: list[Row], rank_by: str, network: Row) -> None:
+def draw_curves(axis: Any, rows: list[Row], rank_by: str, n_neurons: int) -> None:
+    """Accuracies of one network against the share pruned, beside the random orders' mean and 5 to 95 % band."""
     main = [row for row in rows if row["order"] == rank_by]
     random = [row for row in rows if row["order"] == "random"]
     counts = sorted({row["n_pruned"] for row in random})
@@ -209,43 +222,42 @@ def _draw_curves(axis: Any, rows: list[Row], rank_by: str, network: Row) -> None
         axis.plot([r["fraction_pruned"] for r in main], [r[key] for r in main], color=colour, label=LABELS[key])
         at = {n: [r[key] for r in random if r["n_pruned"] == n] for n in counts}
         low, high = ([float(np.quantile(at[n], q)) for n in counts] for q in (0.05, 0.95))
-        x = [n / network["n_neurons"] for n in counts]
+        x = [n / n_neurons for n in counts]
         axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axis.plot(x, [float(np.mean(at[n])) for n in counts], color=colour, linewidth=0.7, linestyle=":")
     cut = next((row for row in main if row["chosen"]), None)
     if cut is not None:
-        axis.axvline(cut["fraction_pruned"], color="0.4", linewidth=0.8, linestyle="--")
-        axis.annotate(f" {cut['n_pruned']}", (cut["fraction_pruned"], 0.5), fontsize=7, color="0.4")
+        axis.axvline(cut["fraction_pruned"], color="0.5", linewidth=0.8, linestyle="--")
+        axis.annotate(f" {cut['n_pruned']}", (cut["fraction_pruned"], 0.5), fontsize="small")
     axis.plot([], [], color="0.5", linewidth=0.7, linestyle=":", label="random order, 5–95 %")
     axis.set(xlabel=f"share of neurons pruned, {rank_by} first", ylabel="accuracy", ylim=(-0.02, 1.02), xlim=(0, 1))
-    axis.set_title(_title(network), fontsize=10, loc="left")
-    axis.legend(fontsize=7, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend()
 
 
-def _title(network: Row) -> str:
+def title_of(network: Row) -> str:
+    """A network's name: its seed and phase, or its checkpoint."""
     if "seed" in network:
         return f"seed {network['seed']}: {network['phase'].replace('_', ' ')}"
     return str(network["name"])
 
 
-def _draw_ipr(axis: Any, rows: list[Row]) -> None:
+def draw_ipr(axis: Any, rows: list[Row]) -> None:
+    """How periodic one network's neurons are, those that the chosen cut takes away apart."""
     values = [row["ipr"] for row in rows if row["ipr"] is not None]
     taken = [row["ipr"] for row in rows if row["ipr"] is not None and row["is_memorizer"]]
     axis.hist(values, bins=2 * IPR_BINS, range=(0, 1), color="0.75", label="all neurons")
     if taken:
         axis.hist(taken, bins=2 * IPR_BINS, range=(0, 1), color=COLOURS["train_corrupted_acc"], label="pruned")
     axis.set(xlabel="inverse participation ratio", ylabel="neurons")
-    axis.legend(fontsize=7, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend()
 
 
-def _draw_dynamics(axis: Any, rows: list[Row]) -> None:
+def draw_dynamics(axis: Any, rows: list[Row]) -> None:
+    """One network's accuracies and mean IPR while it trained."""
     steps = [row["step"] for row in rows]
     for key, colour in COLOURS.items():
         if rows[0][key] is not None:
             axis.plot(steps, [row[key] for row in rows], color=colour, label=LABELS[key])
-    axis.plot(steps, [row["mean_ipr"] or np.nan for row in rows], color="0.4", linestyle="--", label="mean IPR")
+    axis.plot(steps, [row["mean_ipr"] or np.nan for row in rows], color="0.5", linestyle="--", label="mean IPR")
     axis.set(xlabel="training step", ylim=(-0.02, 1.02))
-    axis.legend(fontsize=7, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend()

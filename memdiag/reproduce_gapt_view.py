@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ from memdiag.reproduce_report import ReproducedEffects
 Row = dict[str, Any]
 STYLES = {"agrees": "green", "disagrees": "bold red", "inconclusive": "dim"}
 OTHER_DATA = "of other data"  # how a note begins where the paper's figure cannot stand beside ours
-COLOURS = {"baseline": "#9aa0a6", "treated": "#b03a2e", "control": "#1f4e79"}
+COLOURS = {"baseline": "C2", "treated": "C1", "control": "C0"}  # of STYLE's, or of who draws
+STYLE: dict[Any, Any] = {  # of a plot in a file
+    "axes.prop_cycle": "cycler(color=['#1f4e79', '#b03a2e', '#9aa0a6'])",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
 
 
 def summary(found: ReproducedEffects) -> dict[str, Any]:
@@ -99,17 +108,33 @@ def interval(row: Row, name: str) -> str:
 
 def plot(found: ReproducedEffects, path: Path) -> None:
     """A panel for each effect: every run of every arm as a dot, mean and 95 % interval beside it."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     effects = list(_by_effect(found))
-    runs: dict[tuple[str, str], list[float]] = {}
-    for run in found.runs.table.to_pylist():
-        if run["value"] is not None:
-            runs.setdefault((run["arm"], run["measure"]), []).append(run["value"])
     columns = min(3, len(effects))
     lines = -(-len(effects) // columns)
     canvas = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained", dpi=150)
-    axes = canvas.subplots(lines, columns, squeeze=False).flatten()
+    with matplotlib.rc_context(STYLE):
+        draw_effects(list(canvas.subplots(lines, columns, squeeze=False).flat), effects, found.runs.table.to_pylist())
+        dotted = any(row["paper"] is not None for _, rows in effects for row in rows)
+        more = "; dotted: the paper's figure" if dotted else ""
+        canvas.supxlabel(f"dots: runs; beside them mean and 95 % interval{more}", fontsize=8)
+        savefig(canvas, path)
+
+
+def draw_effects(axes: Sequence[Any], effects: Sequence[tuple[str, list[Row]]], run_rows: Sequence[Row]) -> None:
+    """Every effect on an axis of its own; axes that are left over are switched off.
+
+    Args:
+        axes: at least as many as effects.
+        effects: name and rows of each.
+        run_rows: rows of runs.parquet.
+    """
+    runs: dict[tuple[str, str], list[float]] = {}
+    for run in run_rows:
+        if run["value"] is not None:
+            runs.setdefault((run["arm"], run["measure"]), []).append(run["value"])
     for axis in axes[len(effects) :]:
         axis.set_axis_off()
     for axis, (name, rows) in zip(axes, effects):
@@ -122,14 +147,9 @@ def plot(found: ReproducedEffects, path: Path) -> None:
             if row["ours_lo"] is not None:
                 axis.plot([x + 0.15] * 2, [row["ours_lo"], row["ours_hi"]], color=colour, linewidth=2)
             if row["paper"] is not None:
-                axis.plot([x - 0.4, x + 0.4], [row["paper"]] * 2, color="#111111", linewidth=1, linestyle=":")
-        axis.set_xticks(range(len(rows)), [row["arm"] for row in rows], rotation=40, ha="right", fontsize=7)
+                axis.plot([x - 0.4, x + 0.4], [row["paper"]] * 2, color="black", linewidth=1, linestyle=":")
+        axis.set_xticks(range(len(rows)), [row["arm"] for row in rows], rotation=40, ha="right", fontsize="small")
         (verdict,) = (row["verdict"] for row in rows if row["role"] == "treated")
-        axis.set_title(f"{name}: {verdict}", fontsize=9, loc="left")
-        axis.set_ylabel(rows[0]["measure"], fontsize=8)
+        axis.set_title(f"{name}: {verdict}")
+        axis.set_ylabel(rows[0]["measure"], fontsize="small")
         axis.ticklabel_format(axis="y", useOffset=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    dotted = any(row["paper"] is not None for _, rows in effects for row in rows)
-    more = "; dotted: the paper's figure" if dotted else ""
-    canvas.supxlabel(f"dots: runs; beside them mean and 95 % interval{more}", fontsize=8)
-    savefig(canvas, path)

@@ -172,30 +172,36 @@ def plot(found: Reproduced, path: Path) -> None:
     canvas = Figure(figsize=(3.6 * len(by_decay) + 1.8, 3.6), layout="constrained", dpi=150)
     axes = canvas.subplots(1, len(by_decay), squeeze=False)[0]
     for axis, (decay, by_xi) in zip(axes, by_decay.items()):
-        _draw_panel(axis, by_xi)
+        draw_panel(axis, by_xi)
         axis.set_title(f"weight decay {decay:g}", fontsize=10, loc="left")
     axes[0].set_ylabel("ξ, share of labels corrupted")
-    _draw_legend(canvas, sorted({row["phase"] for row in cells}, key=list(PHASES).index))
+    draw_legend(canvas, sorted({row["phase"] for row in cells}, key=list(PHASES).index))
     savefig(canvas, path)
 
 
-def _draw_panel(axis: Any, by_xi: dict[float, dict[float, Row]]) -> None:
+def draw_panel(axis: Any, by_xi: dict[float, dict[float, Row]]) -> None:
+    """The map of one weight decay, as `panels` sorts it."""
     alphas = list(next(iter(by_xi.values())))
     for y, by_alpha in enumerate(by_xi.values()):
         for x, row in enumerate(by_alpha.values()):
             axis.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, color=PHASES[row["phase"]][1], linewidth=0)
-            axis.text(x, y, _short(row), ha="center", va="center", fontsize=8, color="black")
+            axis.text(x, y, _short(row), ha="center", va="center", fontsize="small", color="#111111")
     axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axis.set_yticks(range(len(by_xi)), [f"{xi:g}" for xi in by_xi])
     axis.set(xlim=(-0.5, len(alphas) - 0.5), ylim=(len(by_xi) - 0.5, -0.5), xlabel="α, share of pairs trained on")
     axis.spines[:].set_visible(False)
 
 
-def _draw_legend(canvas: Any, phases: Sequence[str]) -> None:
+def draw_legend(canvas: Any, phases: Sequence[str]) -> None:
+    """The phases and their colours, beside the panels."""
     from matplotlib.patches import Patch
 
     handles = [Patch(color=PHASES[phase][1], label=phase.replace("_", " ")) for phase in phases]
     canvas.legend(
-        handles=handles, loc="outside right upper", fontsize=8, frameon=False, title="number: corrupted\nlabels agreed",
-        title_fontsize=7,
-    )  # fmt: skip
+        handles=handles,
+        loc="outside right upper",
+        fontsize="small",
+        frameon=False,
+        title="number: corrupted\nlabels agreed",
+        title_fontsize="small",
+    )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from memdiag import scores
 from memdiag.drawing import bar, number, savefig
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MOST_PAIRS = 6  # of scores shown that agree most, and as many that agree least
+BINS = 40  # of a distribution
 MOST_TOP = 3  # scores whose highest examples are shown
 HEADLINES = ("ref_delta", "logp_suffix_t1", "nll_mean", "csl", "aum_early", "grand", "loss")  # before others
 
@@ -149,7 +154,6 @@ def plot(report: Report, path: Path) -> None:
         InputError: the name ends in neither .png nor .svg.
         IncompleteError: it cannot be written there.
     """
-    import numpy as np
     from matplotlib.figure import Figure
 
     names = report.meta["scores"]
@@ -159,35 +163,61 @@ def plot(report: Report, path: Path) -> None:
     halves: Any = figure.subfigures(2, 1, height_ratios=[1.7 * n_rows, 0.28 * len(names) + 2.2])
     top, bottom = halves
     axes = top.subplots(n_rows, wide, squeeze=False).ravel()
+    colours = ("tab:blue", "tab:red")
     truth = report.table["truth"].to_numpy().astype(bool) if "truth" in report.table.column_names else None
     for axis, name in zip(axes, names):
         values = report.table[name].cast("float64").to_numpy()
         known = np.isfinite(values)
-        bins = np.histogram_bin_edges(values[known], bins=40) if known.any() else np.linspace(0, 1, 41)
-        groups = [(known, "all", "tab:blue")]
-        if truth is not None:
-            groups = [(known & ~truth, "others", "tab:blue"), (known & truth, "true", "tab:red")]
-        for which, label, colour in groups:
-            share = np.full(int(which.sum()), 1 / max(1, int(which.sum())))
-            axis.hist(values[which], bins=bins, weights=share, color=colour, alpha=0.6, label=label)
+        edges = np.histogram_bin_edges(values[known], bins=BINS) if known.any() else np.linspace(0, 1, BINS + 1)
+        groups = {"all": known} if truth is None else {"others": known & ~truth, "true": known & truth}
+        counts = {label: np.histogram(values[which], edges)[0] for label, which in groups.items()}
+        draw_distribution(axis, edges, counts, colours)
         axis.set_title(name, fontsize=8)
         axis.tick_params(labelsize=6)
-        axis.ticklabel_format(useOffset=False)
     for axis in axes[len(names) :]:
         axis.axis("off")
     if truth is not None:
         axes[0].legend(fontsize=6)
     axes[0].set_ylabel("share", fontsize=7)
-    matrix = np.full((len(names), len(names)), np.nan)
-    np.fill_diagonal(matrix, 1.0)
-    for pair in report.meta["summary"]["agreement"]:
-        if pair["value"] is not None:
-            i, j = names.index(pair["a"]), names.index(pair["b"])
-            matrix[i, j] = matrix[j, i] = pair["value"]
     axis = bottom.subplots()
-    image = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
+    image = draw_agreement(axis, names, agreement_matrix(names, report.meta["summary"]["agreement"]))
+    axis.tick_params(labelsize=7)
     axis.set_title("agreement: Spearman's rho of the scores, turned so that high is more memorized", fontsize=8)
     bottom.colorbar(image, ax=axis, shrink=0.7)
     savefig(figure, path)
+
+
+def draw_distribution(
+    axis: Any, edges: NDArray[np.float64], counts: Mapping[str, NDArray[np.int64]], colours: Sequence[Any]
+) -> None:
+    """Shares of each group in each bin.
+
+    Args:
+        axis: to draw on.
+        edges: (b + 1,) of the bins.
+        counts: group -> (b,) examples.
+        colours: of the groups.
+    """
+    for (label, found), colour in zip(counts.items(), colours):
+        axis.stairs(found / max(1, int(found.sum())), edges, fill=True, color=colour, alpha=0.6, label=label)
+    axis.ticklabel_format(useOffset=False)
+    axis.set_ylim(bottom=0)
+
+
+def agreement_matrix(names: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """The rank correlations of a summary's pairs, in the order of the names; NaN where there is none."""
+    matrix = np.full((len(names), len(names)), np.nan)
+    np.fill_diagonal(matrix, 1.0)
+    for pair in pairs:
+        if pair["value"] is not None:
+            i, j = names.index(pair["a"]), names.index(pair["b"])
+            matrix[i, j] = matrix[j, i] = pair["value"]
+    return matrix
+
+
+def draw_agreement(axis: Any, names: Sequence[str], matrix: NDArray[np.float64]) -> Any:
+    """A matrix of rank correlations as colour; returns the image, for its scale."""
+    image = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.set_yticks(range(len(names)), names)
+    return image

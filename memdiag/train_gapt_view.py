@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memdiag.drawing import number, savefig, sparkline
 from memdiag.gapt import COMPRESS
@@ -19,7 +20,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 POINTS = 48  # characters of a curve, so that a line fits into 80
-SHADE, CE_COLOUR, MBE_COLOUR, VAL_COLOUR = "#f2d7a6", "#1f4e79", "#b03a2e", "#111111"
+SHADE = "#d9a441"
+STYLE: dict[Any, Any] = {  # of a plot in a file
+    "axes.prop_cycle": "cycler(color=['#1f4e79', '#b03a2e', '#111111'])",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
 
 
 def summary_of(history: Report, val_layers: Mapping[int, Sequence[float | None] | None]) -> dict[str, Any]:
@@ -148,19 +158,48 @@ def plot(found: TrainedGapt, path: Path) -> None:
 
 def plot_history(history: Report, path: Path) -> None:
     """Cross-entropy and entropy over the updates, the phases that compress shaded."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    table = history.table
+    table, options = history.table, history.meta["options"]
     steps = np.array(table["step"].to_pylist())
-    canvas = Figure(figsize=(9, 5), layout="constrained", dpi=150)
-    above, below = canvas.subplots(2, 1, sharex=True)
-    above.plot(steps, table["ce"].to_pylist(), color=CE_COLOUR, linewidth=0.8, label="training")
-    val = [(s, v) for s, v in zip(steps, table["val_ce"].to_pylist()) if v is not None]
-    if val:
-        above.plot(*zip(*val), "o", color=VAL_COLOUR, markersize=4, label="held out")
-    above.set_ylabel("cross-entropy (nats)")
+    ce, mbe = (np.array(table[name].to_pylist(), dtype=float) for name in ("ce", "mbe"))
     layers = np.array(table["mbe_layers"].to_pylist(), dtype=float)  # (steps, layers)
-    active = set(history.meta["settled"]["active_layers"])
+    val = [(s, v) for s, v in zip(steps.tolist(), table["val_ce"].to_pylist()) if v is not None]
+    shaded = [(int(steps[a]), int(steps[b])) for a, b in _stretches(table["phase"].to_pylist())]
+    canvas = Figure(figsize=(9, 5), layout="constrained", dpi=150)
+    with matplotlib.rc_context(STYLE):
+        above, below = canvas.subplots(2, 1, sharex=True)
+        draw_history(above, below, steps, ce, mbe, layers, val, shaded, history.meta["settled"]["active_layers"])
+        above.set_title(f"gate {options['gate']}, w {options['weight']:g}, seed {options['seed']}")
+        savefig(canvas, path)
+
+
+def draw_history(
+    above: Any,
+    below: Any,
+    steps: NDArray[Any],
+    ce: NDArray[np.float64],
+    mbe: NDArray[np.float64],
+    layers: NDArray[np.float64],
+    val: Sequence[tuple[int, float]],
+    shaded: Sequence[tuple[int, int]],
+    active: Sequence[int],
+) -> None:
+    """Cross-entropy and entropy over the updates, the phases that compress shaded.
+
+    Args:
+        above, below: to draw on.
+        steps, ce, mbe: (u,) of updates.
+        layers: (u, L + 1) entropy of every layer.
+        val: (update, held-out cross-entropy).
+        shaded: first and last update of every phase that compresses.
+        active: the layers that mbe is the mean of.
+    """
+    above.plot(steps, ce, color="C0", linewidth=0.8, label="training")
+    if val:
+        above.plot(*zip(*val), "o", color="C2", markersize=4, label="held out")
+    above.set_ylabel("cross-entropy (nats)")
     for layer in range(layers.shape[1]):
         if layer not in active:
             below.plot(
@@ -170,22 +209,16 @@ def plot_history(history: Report, path: Path) -> None:
                 linewidth=0.6,
                 label="each other layer" if layer == 0 else None,
             )
-    mbe = np.array(table["mbe"].to_pylist(), dtype=float)
-    below.plot(steps, mbe, color=MBE_COLOUR, linewidth=1.0, label="active layers, mean")
+    below.plot(steps, mbe, color="C1", linewidth=1.0, label="active layers, mean")
     below.set(ylabel="entropy of patches (nats)", xlabel="update", ylim=(0, None))
-    shaded = _stretches(table["phase"].to_pylist())
     for axis in (above, below):
         for start, stop in shaded:
-            axis.axvspan(steps[start] - 0.5, steps[stop] + 0.5, color=SHADE, alpha=0.6, linewidth=0, zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
+            axis.axvspan(start - 0.5, stop + 0.5, color=SHADE, alpha=0.3, linewidth=0, zorder=0)
         axis.margins(x=0.01)
     if shaded:
-        above.fill_between([], [], color=SHADE, label="compress")
+        above.fill_between([], [], color=SHADE, alpha=0.3, label="compress")
     for axis in (above, below):
-        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    options = history.meta["options"]
-    above.set_title(f"gate {options['gate']}, w {options['weight']:g}, seed {options['seed']}", fontsize=10, loc="left")
-    savefig(canvas, path)
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _stretches(phases: Sequence[str]) -> list[tuple[int, int]]:
@@ -247,21 +280,26 @@ def _interval(lo: float | None, hi: float | None) -> str:
 
 def plot_compare(compare: Report, path: Path) -> None:
     """The arms side by side: mean and 95 % interval over seeds of every measure."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    rows = compare.table.to_pylist()
     canvas = Figure(figsize=(3.0 * len(MEASURES), 3.2), layout="constrained", dpi=150)
-    for axis, (measure, title) in zip(canvas.subplots(1, len(MEASURES)), MEASURES.items()):
+    with matplotlib.rc_context(STYLE | {"axes.titlesize": 9}):
+        draw_compare(canvas.subplots(1, len(MEASURES)), compare.table.to_pylist())
+        savefig(canvas, path)
+
+
+def draw_compare(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Every measure of MEASURES on an axis of its own: mean and 95 % interval of each arm."""
+    for axis, (measure, title) in zip(axes, MEASURES.items()):
         mine = [row for row in rows if row["measure"] == measure and row["mean"] is not None]
         for x, row in enumerate(mine):
-            colour = MBE_COLOUR if row["difference"] is None else CE_COLOUR
+            colour = "C1" if row["difference"] is None else "C0"
             axis.plot(x, row["mean"], "o", color=colour)
             if row["lo"] is not None:
                 axis.plot([x, x], [row["lo"], row["hi"]], color=colour, linewidth=2)
-        axis.set_xticks(range(len(mine)), [row["arm"] for row in mine], rotation=30, ha="right", fontsize=8)
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_ylabel("nats", fontsize=8)
+        axis.set_xticks(range(len(mine)), [row["arm"] for row in mine], rotation=30, ha="right")
+        axis.set_title(title)
+        axis.set_ylabel("nats")
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.margins(x=0.2)
-        axis.spines[["top", "right"]].set_visible(False)
-    savefig(canvas, path)

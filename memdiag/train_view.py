@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POINTS = 48  # characters of a curve, so that a line fits into 80
-TRAIN_COLOUR, TEST_COLOUR, WRONG_COLOUR = "#1f4e79", "#111111", "#b03a2e"
+STYLE: dict[Any, Any] = {  # of a plot in a file
+    "axes.prop_cycle": "cycler(color=['#1f4e79', '#b03a2e', '#7fa8c9', '#111111'])",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
 CURVES = {
     "train_accuracy": "right when presented",
     "clean_accuracy": "of these, clean",
@@ -89,29 +98,36 @@ def plot(found: Trained, path: Path) -> None:
 
 def plot_history(history: Report, path: Path) -> None:
     """Loss above, accuracies below, over the epochs."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    table, meta = history.table, history.meta
-    epochs = np.array(table["epoch"].to_pylist())
+    meta = history.meta
     canvas = Figure(figsize=(8, 5), layout="constrained", dpi=150)
-    above, below = canvas.subplots(2, 1, sharex=True)
+    with matplotlib.rc_context(STYLE):
+        above, below = canvas.subplots(2, 1, sharex=True)
+        draw_history(above, below, history.table.to_pylist())
+        above.set_title(f"{meta['model']} on {meta['dataset']['name']}, seed {meta['seed']}")
+        savefig(canvas, path)
+
+
+def draw_history(above: Any, below: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss and accuracies over the epochs, on two axes; what is null everywhere is left out."""
+    epochs = np.array([row["epoch"] for row in rows])
     mark = "o" if len(epochs) < 3 else ""
     for axis, name, label, colour, style in (
-        (above, "train_loss", "when presented", TRAIN_COLOUR, "-"),
-        (above, "test_loss", "held out", TEST_COLOUR, "--"),
-        (below, "train_accuracy", CURVES["train_accuracy"], TRAIN_COLOUR, "-"),
-        (below, "clean_accuracy", "of these, clean", "#7fa8c9", "-"),
-        (below, "corrupted_accuracy", CURVES["corrupted_accuracy"], WRONG_COLOUR, "-"),
-        (below, "test_accuracy", CURVES["test_accuracy"], TEST_COLOUR, "--"),
+        (above, "train_loss", "when presented", "C0", "-"),
+        (above, "test_loss", "held out", "C3", "--"),
+        (below, "train_accuracy", CURVES["train_accuracy"], "C0", "-"),
+        (below, "clean_accuracy", "of these, clean", "C2", "-"),
+        (below, "corrupted_accuracy", CURVES["corrupted_accuracy"], "C1", "-"),
+        (below, "test_accuracy", CURVES["test_accuracy"], "C3", "--"),
     ):
-        values = np.array(table[name].to_pylist(), dtype=float)
+        values = np.array([row[name] for row in rows], dtype=float)
         if not np.isnan(values).all():
             axis.plot(epochs, values, style, marker=mark, color=colour, linewidth=1.2, label=label)
     above.set(ylabel="loss (nats)", ylim=(0, None))
     below.set(ylabel="share of examples", xlabel="epoch", ylim=(-0.02, 1.02))
     for axis in (above, below):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if axis.lines:
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         axis.margins(x=0.01)
-    above.set_title(f"{meta['model']} on {meta['dataset']['name']}, seed {meta['seed']}", fontsize=9, loc="left")
-    savefig(canvas, path)
