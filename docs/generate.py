@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,7 +31,7 @@ PART = re.compile(r"(<!-- generated: (?P<name>[\w.-]+) -->\n)(?P<text>.*?)(<!-- 
 def schema(report: str) -> str:
     """The columns of a report as a Markdown table."""
     from memdiag import tables
-    from memdiag.cli.reports import row_of
+    from memdiag.report_kinds import row_of
 
     return tables.markdown(tables.schema_of(row_of(report)))
 
@@ -81,11 +82,33 @@ def task_keys() -> str:
     return "\n".join(rows)
 
 
+def reports() -> str:
+    """Every report with its key and columns, and the page that explains them."""
+    from memdiag import tables
+    from memdiag.pairing import KEYS
+    from memdiag.report_kinds import ROWS, row_of
+
+    rows = ["| report | version | key | columns |", "| --- | --- | --- | --- |"]
+    for name in sorted(ROWS):
+        mark = f"<!-- generated: schema-{name} -->"
+        (page,) = (page.name for page in pages() if mark in page.read_text(encoding="utf-8"))
+        row: Any = row_of(name)
+        columns = ", ".join(f"`{column}` {type_}" for column, type_, *_ in tables.described(tables.schema_of(row)))
+        key = ", ".join(f"`{column}`" for column in KEYS[name])
+        rows.append(f"| [{name}]({page}) | {row.schema_version} | {key} | {columns} |")
+    return "\n".join(rows)
+
+
 def parts() -> dict[str, Callable[[], str]]:
     """Every generated part by its name."""
-    from memdiag.cli.reports import ROWS
+    from memdiag.report_kinds import ROWS
 
-    made: dict[str, Callable[[], str]] = {"dataset-roles": dataset_roles, "task-keys": task_keys, "help": help_of}
+    made: dict[str, Callable[[], str]] = {
+        "dataset-roles": dataset_roles,
+        "task-keys": task_keys,
+        "reports": reports,
+        "help": help_of,
+    }
     made |= {f"schema-{report}": lambda report=report: schema(report) for report in ROWS}
     made |= {f"help-{command}": lambda command=command: help_of(command) for command in commands()}
     return made

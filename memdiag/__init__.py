@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 from memdiag.errors import IncompleteError, InputError
 
 if TYPE_CHECKING:
+    from memdiag.check_report import Checked, check
     from memdiag.counterfactual_report import Counterfactual, counterfactual, merge_counterfactual
+    from memdiag.diff_report import Diffed, diff
     from memdiag.entropy_report import entropy
     from memdiag.import_report import import_score
+    from memdiag.page_report import Page, report
     from memdiag.prune_report import Pruned, prune_memorizers
     from memdiag.regulariser import Gapt
     from memdiag.reproduce_report import Reproduced, ReproducedEffects, reproduce
@@ -31,10 +34,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checked",
     "Counterfactual",
+    "Diffed",
     "Gapt",
     "IncompleteError",
     "InputError",
+    "Page",
     "Pruned",
     "Report",
     "Reproduced",
@@ -43,12 +49,15 @@ __all__ = [
     "TrainedGapt",
     "TrajectoryRecorder",
     "__version__",
+    "check",
     "counterfactual",
+    "diff",
     "entropy",
     "import_score",
     "merge_counterfactual",
     "prune_memorizers",
     "read",
+    "report",
     "reproduce",
     "score",
     "second_split",
@@ -57,12 +66,18 @@ __all__ = [
 ]
 
 _HOME = {
+    "Checked": "memdiag.check_report",
+    "check": "memdiag.check_report",
     "Counterfactual": "memdiag.counterfactual_report",
     "counterfactual": "memdiag.counterfactual_report",
     "merge_counterfactual": "memdiag.counterfactual_report",
     "Gapt": "memdiag.regulariser",
+    "Diffed": "memdiag.diff_report",
+    "diff": "memdiag.diff_report",
     "entropy": "memdiag.entropy_report",
     "import_score": "memdiag.import_report",
+    "Page": "memdiag.page_report",
+    "report": "memdiag.page_report",
     "prune_memorizers": "memdiag.prune_report",
     "Pruned": "memdiag.prune_report",
     "Report": "memdiag.tables",

@@ -26,8 +26,8 @@ from memdiag.errors import IncompleteError, InputError
 
 BROKEN = sorted(path.name for path in (Path(__file__).parent.parent / "fixtures" / "broken").iterdir())
 COMMANDS = [
-    "entropy", "score", "counterfactual", "prune-memorizers", "train", "train-gapt", "reproduce", "import", "schema",
-    "rerun",
+    "entropy", "score", "counterfactual", "prune-memorizers", "train", "train-gapt", "reproduce", "import",
+    "check", "diff", "report", "schema", "rerun",
 ]  # fmt: skip
 INSTALLED = "import sys; sys.argv[0] = 'memdiag'; from memdiag.cli import run; run()"  # as the script `memdiag` does it
 
@@ -505,9 +505,10 @@ def test_a_dry_run_refuses_what_a_run_would(entropy):
 
 def test_schema_lists_the_reports(memdiag_):
     reports = [
-        "counterfactual", "counterfactual.examples", "counterfactual.influence", "counterfactual.models",
-        "counterfactual.shard", "counterfactual.sizes", "counterfactual.turn-over-dropout",
-        "entropy", "entropy.gradients", "prune-memorizers.dynamics", "prune-memorizers.filtration",
+        "check", "counterfactual", "counterfactual.examples", "counterfactual.influence", "counterfactual.models",
+        "counterfactual.shard", "counterfactual.sizes", "counterfactual.turn-over-dropout", "diff.columns",
+        "diff.movers", "diff.rules", "entropy", "entropy.gradients",
+        "prune-memorizers.dynamics", "prune-memorizers.filtration",
         "prune-memorizers.neurons", "prune-memorizers.pruning", "reproduce.claims", "reproduce.effects",
         "reproduce.phases", "reproduce.runs", "score", "score.second-split",
         "train-gapt.compare", "train-gapt.history", "train.examples", "train.history", "train.trajectory",

@@ -30,7 +30,7 @@ import pytest
 import typer
 
 from memdiag.cli import app, run
-from memdiag.cli.reports import ROWS, row_of
+from memdiag.report_kinds import ROWS, row_of
 from memdiag.tables import schema_of
 
 ROOT = Path(__file__).resolve().parent.parent

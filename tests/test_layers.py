@@ -42,6 +42,11 @@ LAYER = {
     "counterfactual_summary": 7, "counterfactual_estimates": 8, "counterfactual_merge": 9,
     "counterfactual_job": 10, "counterfactual_run": 11, "reproduce_tail_arms": 7, "reproduce_tail": 11,
     "counterfactual_sizes": 12, "counterfactual_turnover": 12,
+    "verdicts": 0, "mean_interval": 0, "rules": 1, "paired_rates": 1, "verdict_words": 1,
+    "verdict_markdown": 2, "verdict_formats": 3, "report_kinds": 3,
+    "report_sql": 3, "diff_rows": 3, "rule_sql": 4, "pairing": 4, "judging": 5, "diff_columns": 5,
+    "check_report": 6, "diff_movers": 6, "diff_report": 7, "diff_view": 7, "diff_run": 8,
+    "page_text": 0, "page_svg": 1, "page": 3, "page_sections": 9, "page_report": 10,
     "cli": 13,
     "__main__": 14,
 }  # fmt: skip
@@ -60,6 +65,7 @@ LAZILY_UPWARDS = {
     ("counterfactual_run", "counterfactual_sizes"),
     ("counterfactual_run", "counterfactual_turnover"),
     ("reproduce_report", "reproduce_run"),
+    ("diff_report", "diff_run"),
     ("reproduce_report", "reproduce_gapt_run"),
     ("reproduce_report", "reproduce_grok"),
 }
@@ -70,6 +76,7 @@ WITHOUT_TORCH = [
     "memdiag.train_gapt_view", "memdiag.reproduce_gapt_view",
     "memdiag.prune_report", "memdiag.prune_view", "memdiag.reproduce_report", "memdiag.scores", "memdiag.trajectory",
     "memdiag.train_report", "memdiag.counterfactual_report", "memdiag.counterfactual_view",
+    "memdiag.check_report", "memdiag.diff_report", "memdiag.diff_run", "memdiag.page_report", "memdiag.verdict_formats",
     "memdiag.score_report", "memdiag.score_view", "memdiag.second_split_report",
 ]  # fmt: skip
 
@@ -209,6 +216,7 @@ def test_the_python_api_names_what_it_lacks():
         memdiag.entropie  # noqa: B018
     lazy = {"Gapt", "Pruned", "Report", "Reproduced", "ReproducedEffects", "Trained", "TrainedGapt"}
     lazy |= {"TrajectoryRecorder", "entropy", "import_score", "prune_memorizers", "read", "reproduce", "score"}
+    lazy |= {"Checked", "Diffed", "Page", "check", "diff", "report"}
     lazy |= {"second_split", "train", "train_gapt", "Counterfactual", "counterfactual", "merge_counterfactual"}
     assert set(memdiag.__all__) <= {*dir(memdiag), *lazy}
     for name in memdiag.__all__:

@@ -1,57 +1,19 @@
-"""Commands about reports; none of them needs torch, but for `rerun`, which measures again."""
+"""The commands about reports: `schema` explains them, `report` shows them, `rerun` measures again."""
 
 from __future__ import annotations
 
-import importlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from memdiag.cli import options as o
 from memdiag.errors import InputError
+from memdiag.report_kinds import ROWS, row_of
 
 if TYPE_CHECKING:
     from memdiag.progress import Progress
     from memdiag.tables import Report
-
-# Where each report's rows are declared; these modules import without torch.
-ROWS = {
-    "counterfactual": "memdiag.counterfactual_rows:CounterfactualRow",
-    "counterfactual.examples": "memdiag.counterfactual_rows:ExampleRow",
-    "counterfactual.influence": "memdiag.counterfactual_rows:InfluenceRow",
-    "counterfactual.models": "memdiag.counterfactual_rows:ModelRow",
-    "counterfactual.shard": "memdiag.counterfactual_rows:ShardRow",
-    "counterfactual.sizes": "memdiag.counterfactual_rows:SizeRow",
-    "counterfactual.turn-over-dropout": "memdiag.counterfactual_rows:TurnOverRow",
-    "entropy": "memdiag.entropy_report:EntropyRow",
-    "entropy.gradients": "memdiag.entropy_report:GradientRow",
-    "prune-memorizers.pruning": "memdiag.prune_report:PruningRow",
-    "prune-memorizers.neurons": "memdiag.prune_report:NeuronRow",
-    "prune-memorizers.dynamics": "memdiag.prune_report:DynamicsRow",
-    "prune-memorizers.filtration": "memdiag.prune_report:FiltrationRow",
-    "reproduce.claims": "memdiag.reproduce_report:ClaimRow",
-    "reproduce.phases": "memdiag.reproduce_report:PhaseRow",
-    "reproduce.effects": "memdiag.reproduce_report:EffectRow",
-    "reproduce.runs": "memdiag.reproduce_report:RunRow",
-    "score": "memdiag.score_report:ScoreRow",
-    "score.second-split": "memdiag.second_split_report:SecondSplitRow",
-    "train.history": "memdiag.train_report:HistoryRow",
-    "train.examples": "memdiag.train_report:ExampleRow",
-    "train.trajectory": "memdiag.trajectory:TrajectoryRow",
-    "train-gapt.history": "memdiag.train_gapt_report:HistoryRow",
-    "train-gapt.compare": "memdiag.train_gapt_report:CompareRow",
-}
-
-
-def row_of(report: str) -> type:
-    """The row dataclass of a report by its name."""
-    from memdiag.errors import unknown
-
-    if report not in ROWS:
-        raise unknown("report", report, ROWS)
-    module, _, name = ROWS[report].partition(":")
-    row: type = getattr(importlib.import_module(module), name)
-    return row
 
 
 def schema(
@@ -101,6 +63,50 @@ def print_schema(columns: list[dict[str, Any]], meta: dict[str, Any] | None) -> 
             )
 
 
+def report(
+    paths: Annotated[
+        list[str], o.argument(metavar="DIR|REPORT...", help="Reports, and directories that are searched for reports.")
+    ],
+    html: Annotated[
+        Path | None, o.option("--html", help="The page to write. Default: report.html, unless --markdown is given.")
+    ] = None,
+    markdown: Annotated[
+        str | None, o.option(metavar="FILE|-", help="The summary for a pull request; - prints it.")
+    ] = None,
+    title: Annotated[str | None, o.option(help="Of the page. Default: the directory's or the report's name.")] = None,
+    force: o.Force = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show reports to people: one self-contained page with figures, plots and how to reproduce them; or Markdown.
+
+    The page holds no script and asks for nothing over the network.
+
+    Example: memdiag report runs/ --html report.html
+
+    Example: memdiag report score.parquet entropy.parquet --markdown -
+    """
+    from memdiag import page_report
+    from memdiag.cli.measure import begin
+
+    begin(online=False, quiet=quiet)
+    if as_json and markdown == "-":
+        raise InputError("--json and --markdown - both want stdout; give one of them")
+    if html is None and markdown is None:
+        html = Path("report.html")
+    file = None if markdown in (None, "-") else markdown
+    made = page_report.report(*paths, html=html, markdown=file, title=title, force=force)
+    for note in made.notes:
+        logging.getLogger("memdiag").info("%s", note)
+    written = {name: str(path) for name, path in (("html", html), ("markdown", file)) if path is not None}
+    if as_json:
+        print(json.dumps(written | {"reports": [section.name for section in made.sections], "notes": list(made.notes)}))
+    elif markdown == "-":
+        print(made.markdown)
+    else:
+        print("\n".join(written.values()))
+
+
 def rerun(
     report: Annotated[Path, o.argument(metavar="REPORT", help="A report of memdiag.")],
     out: Annotated[
@@ -140,6 +146,20 @@ def rerun(
 def _again(old: Report, path: Path, out: Path | None, *, force: bool, progress: Progress) -> tuple[Report, Path] | None:
     """The same run once more: the new report of the same name, and what was written."""
     kind = str(old.meta.get("report"))
+    if kind == "check":
+        from memdiag import check_report
+
+        checked, how = check_report.options_of(old)
+        target = out or path.with_name(f"{path.stem}.rerun.parquet")
+        return check_report.measure(checked, how, out=target, force=force).report, target
+    if kind.startswith("diff."):
+        from memdiag import diff_report
+
+        base, new, compared = diff_report.options_of(old)
+        folder = path.absolute().parent
+        target = out or folder.with_name(f"{folder.name}.rerun")
+        diffed = diff_report.measure(base, new, compared, out=target, force=force)
+        return getattr(diffed, kind.removeprefix("diff.")), target
     if kind.startswith("counterfactual"):
         from memdiag import counterfactual_report
 
