@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class CheckRow:
 
     rule: str = column(pa.string(), "its name, or its SQL where it has none")
     sql: str = column(pa.string(), "the rule")
+    condition: str | None = column(pa.string(), "of the rows it is about (--where); null: all rows", nullable=True)
     verdict: str = column(pa.string(), "pass, fail, or inconclusive: its interval holds the limit")
     observed: float | None = column(
         pa.float64(),
@@ -45,7 +47,9 @@ class CheckRow:
     comparison: str | None = column(
         pa.string(), "<, <=, >, >=, =, != or between; null: another expression", nullable=True
     )
-    n: int | None = column(pa.int64(), "rows with a value that it is about", nullable=True)
+    n: int | None = column(
+        pa.int64(), "of a mean or a rate the rows with a value, else the rows that there are", nullable=True
+    )
     confidence: float | None = column(pa.float64(), "of the interval; null: judged by its value", nullable=True)
     method: str | None = column(pa.string(), "of the interval: bootstrap-t, moments or Clopper-Pearson", nullable=True)
     note: str | None = column(pa.string(), "why it is undefined, or has no interval", nullable=True)
@@ -95,6 +99,18 @@ class Checked:
         return self.report.path
 
 
+def noise_floors(meta: Mapping[str, Any]) -> dict[str, float]:
+    """Half-widths at 95 % of what repeats of a measurement move the mean of a column by, as a report states them."""
+    stated = meta.get("noise_floor")
+    if not isinstance(stated, dict):
+        return {}
+    return {
+        str(name): float(value)
+        for name, value in stated.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300
+    }
+
+
 def check_counts_as(value: str) -> None:
     """Raise InputError unless an inconclusive rule may count as this."""
     if value not in COUNTS_AS:
@@ -135,13 +151,17 @@ def check(
     return measure(Path(report), CheckOptions(asked, **options), out=Path(out) if out else None, force=force)
 
 
-def measure(path: Path, options: CheckOptions, *, out: Path | None, force: bool = False) -> Checked:
-    """`check` with its options as one value."""
+def measure(
+    path: Path, options: CheckOptions, *, out: Path | None, force: bool = False, own_process: bool = False
+) -> Checked:
+    """`check` with its options as one value; `own_process` as of `report_sql.opened`."""
     if out is not None:
-        check_place(out, "check", force=force)
+        check_place(out, "check", force=force, inputs=[path])
     meta = check_fit(path, allow_partial=options.allow_partial, any_version=options.any_version)
-    with opened({"report": path}, time_limit=options.time_limit, memory_limit=options.memory_limit) as session:
-        verdicts = judging.judge(session, options.rules, "report", seed=options.seed)
+    limits = {"time_limit": options.time_limit, "memory_limit": options.memory_limit, "own_process": own_process}
+    with opened({"report": path}, **limits) as session:  # type: ignore[arg-type]
+        floors = {f"({name})": floor for name, floor in noise_floors(meta).items()}
+        verdicts = judging.judge(session, options.rules, "report", seed=options.seed, floors=floors)
         (rows,) = session.rows("SELECT count(*) FROM report")[0]
     notes = _notes(verdicts, meta, rows)
     outcome = Outcome(
@@ -161,12 +181,16 @@ def measure(path: Path, options: CheckOptions, *, out: Path | None, force: bool 
         "passed": not outcome.failed,
         "notes": notes,
     }
-    return Checked(written(CheckRow, [as_row(verdict) for verdict in verdicts], about, out), outcome)
+    return Checked(
+        written(CheckRow, [as_row(verdict, rule.where) for verdict, rule in zip(verdicts, options.rules)], about, out),
+        outcome,
+    )
 
 
-def as_row(verdict: Verdict) -> dict[str, Any]:
+def as_row(verdict: Verdict, where: str | None) -> dict[str, Any]:
     """A verdict as a row of check.parquet."""
-    return {field.name: getattr(verdict, field.name) for field in dataclasses.fields(CheckRow)}
+    told = (field.name for field in dataclasses.fields(CheckRow) if field.name != "condition")
+    return {name: getattr(verdict, name) for name in told} | {"condition": where}
 
 
 def written(row: Any, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], out: Path | None) -> tables.Report:
@@ -216,12 +240,14 @@ def check_fit(path: Path, *, allow_partial: bool, any_version: bool) -> dict[str
     return meta
 
 
-def check_place(out: Path, report: str, *, force: bool) -> None:
+def check_place(out: Path, report: str, *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse to write over anything but an earlier report of the same kind: those are made again in a second.
 
     Raises:
-        InputError: something else stands there.
+        InputError: something else stands there, or what is to be read.
     """
+    if any(path.exists() and out.exists() and os.path.samefile(path, out) for path in inputs):
+        raise InputError(f"{out} is what is to be read; choose another --out")
     tables.check_place(out, dict, force=True)  # no directory, and a name that can be printed
     if force or not out.exists():
         return

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ NUMBERING = frozenset({"row", "step"})  # says where a row stands, not what it h
 NAMES = frozenset({"label", "true_label", "seed", "model", "group", "content", "draw"})
 SE_OF = {"memorization": "se", "influence": "se", "memorization_soft": "se_soft"}  # those not called NAME_se
 NOISE_CONFIDENCE = 0.95
-_SHIFTED = 1e3  # standard deviations that differences are off 0 when sums of powers lose too many digits
+DIGITS = 9  # of figures: sums taken in another order by more threads differ beyond them
+_SHIFTED = 10  # standard deviations that differences are off 0 when sums of powers lose too many digits
 _MIXED = "mixed"  # OTHER of two types, compared as text
 _ABOUT = "comparing the reports"
 
@@ -59,7 +61,10 @@ class Column:
     reach: float | None = None  # |difference| of the `Compared.top`-th pair by size, or of the last of fewer
     beyond_noise: int | None = None
     noise_floor: float | None = None
+    one_sided: int = 0  # pairs with a value on one side and a null on the other
+    odd: int = 0  # pairs with NaN or an infinity on a side
     values: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)  # (n,) differences, if few
+    resampled: Callable[[float], Interval] | None = field(default=None, repr=False, compare=False)  # of `values`
 
     @cached_property
     def intervals(self) -> Callable[[float], Interval]:
@@ -74,8 +79,8 @@ class Column:
         if n and self.kind == BOOLEAN:
             counts = _counts(n, self.base or 0.0, mean or 0.0, self.std or 0.0)
             return lambda alpha: paired_rates.of_counts(*counts, alpha)
-        if self.values is not None:
-            return mean_interval.values_at(self.values, 0)
+        if self.resampled is not None:
+            return self.resampled
         if n > 1 and (mean is None or self.std is None or (self.std and self.skewness is None)):
             return lambda alpha: Interval(mean, None, None, n, None, "values too large to square")
         return mean_interval.moments_at(n, mean or 0.0, self.std or 0.0, self.skewness or 0.0)
@@ -88,15 +93,32 @@ class Column:
         """Two-sided p that the mean difference is `limit`, dual to `interval`, None where it has none; errors too."""
         return mean_interval.p_of(self.intervals, limit, floor=self.noise_floor or 0.0)
 
+    def rounded(self, difference: float | None) -> float | None:
+        """A mean difference, or an end of its interval, to `DIGITS`; near 0 of its standard error."""
+        return _to_digits(difference, (self.std or 0.0) / math.sqrt(self.n or 1))
+
     def row(self, confidence: float) -> dict[str, Any]:
         """As a row of ColumnRow."""
-        names = ("kind", "unit", "changed", "n", "base", "new", "difference", "std", "skewness", "min", "max")
+        names = (
+            "kind",
+            "unit",
+            "changed",
+            "one_sided",
+            "n",
+            "base",
+            "new",
+            "difference",
+            "std",
+            "skewness",
+            "min",
+            "max",
+        )
         found = Interval(None, None, None, 0, None, None) if self.kind == OTHER else self.interval(confidence)
         return {
             "column": self.name,
             **{name: getattr(self, name) for name in (*names, "beyond_noise", "noise_floor")},
-            "lo": found.lo,
-            "hi": found.hi,
+            "lo": self.rounded(found.lo),
+            "hi": self.rounded(found.hi),
             "confidence": None if found.lo is None else confidence,
             "method": found.method,
             "note": found.note,
@@ -125,6 +147,7 @@ def compared(
     *,
     noise: Sequence[Mapping[str, float]] = ({}, {}),
     top: int = 10,
+    seed: int = 0,
 ) -> Compared:
     """The columns of two reports, over the pairs of their rows. One pass over both, for any number of rows.
 
@@ -135,6 +158,7 @@ def compared(
         new: those of the new one.
         noise: noise floors of the means of each, half-widths at 95 % by column; a column counts if both have one.
         top: how many pairs `diff_movers.movers` will show of each column.
+        seed: of resamples.
     Raises:
         InputError: no row of one has a partner in the other.
     """
@@ -161,7 +185,7 @@ def compared(
         paired,
         added,
         removed,
-        tuple(_with_values(session, pairing, [_centred(session, pairing, column) for column in columns])),
+        tuple(_with_values(session, pairing, [_steady(_centred(session, pairing, c)) for c in columns], seed)),
         tuple(name for name in base.names if name not in new.names),
         tuple(name for name in new.names if name not in base.names),
         tuple(unlike),
@@ -177,9 +201,7 @@ def error_of(name: str, kinds: Mapping[str, str]) -> str | None:
 
 def beyond_noise(difference: str, error: str) -> str:
     """SQL of whether a pair moved by more than the noise of its two values; null where that is not known."""
-    from scipy import special
-
-    z = float(special.ndtri((1 + NOISE_CONFIDENCE) / 2))
+    z = NormalDist().inv_cdf((1 + NOISE_CONFIDENCE) / 2)
     b, n = f"CAST(b.{quoted(error)} AS DOUBLE)", f"CAST(n.{quoted(error)} AS DOUBLE)"
     return f"abs({difference}) > {z!r} * sqrt({b} * {b} + {n} * {n})"
 
@@ -212,11 +234,13 @@ def _aggregates(name: str, kinds: Mapping[str, str], pairing: Pairing, top: int,
     """SQL of the figures of a column, in the order that `_filled` takes them. Sums, which are fast in one pass."""
     c, d = quoted(name), _difference(name, kinds[name], guarded=guarded)
     is_paired = "" if pairing.in_order else f'b."{HERE}" AND n."{HERE}" AND '
-    if kinds[name] == _MIXED:
-        return [_count(f"{is_paired}CAST(b.{c} AS VARCHAR) IS DISTINCT FROM CAST(n.{c} AS VARCHAR)")]
-    asked = [_count(f"{is_paired}b.{c} IS DISTINCT FROM n.{c}")]
-    if kinds[name] == OTHER:
+    b, n = (f"CAST({side}.{c} AS VARCHAR)" if kinds[name] == _MIXED else f"{side}.{c}" for side in "bn")
+    asked = [_count(f"{is_paired}{b} IS DISTINCT FROM {n}")]
+    asked += [_count(f"{is_paired}(b.{c} IS NULL) <> (n.{c} IS NULL)")]
+    if kinds[name] in (OTHER, _MIXED):
         return asked
+    b, n = (f"isfinite(CAST({side}.{c} AS DOUBLE))" for side in "bn")
+    asked += [_count(f"{is_paired}NOT ({b} AND {n})") if kinds[name] == NUMBER else "0"]
     asked += [f"count({d})", f"sum(CASE WHEN ({d}) IS NOT NULL THEN CAST(b.{c} AS DOUBLE) END)"]
     asked += [f"sum({d})", f"sum({d} * {d})", f"sum({d} * {d} * {d})", f"min({d})", f"max({d})"]
     asked += [f"max(abs({d}), {top})" if top > 0 else "NULL"]
@@ -227,9 +251,11 @@ def _aggregates(name: str, kinds: Mapping[str, str], pairing: Pairing, top: int,
 
 def _filled(name: str, kinds: Mapping[str, str], unit: str, figures: Iterator[Any], *, guarded: bool) -> Column:
     kind = OTHER if kinds[name] == _MIXED else kinds[name]
-    found = Column(name, kind, unit, int(next(figures)), _difference(name, kind, guarded=guarded))
+    changed, one_sided = int(next(figures)), int(next(figures))
+    found = Column(name, kind, unit, changed, _difference(name, kind, guarded=guarded), one_sided=one_sided)
     if found.kind == OTHER:
         return found
+    found = replace(found, odd=int(next(figures)))
     n, base, sum_1, sum_2, sum_3, least, most, far = (next(figures) for _ in range(8))
     known, beyond = (next(figures), next(figures)) if error_of(name, kinds) else (0, 0)
     if not n:
@@ -268,6 +294,31 @@ def _finite(session: Session, pairing: Pairing, column: Column, kinds: Mapping[s
     return _filled(column.name, kinds, column.unit, iter(figures), guarded=True)
 
 
+def _to_digits(value: float | None, scale: float) -> float | None:
+    """Rounded to `DIGITS` of its own size or the scale's, whichever is larger."""
+    size = max(abs(value or 0.0), abs(scale))
+    if value is None or not 0 < size < math.inf:
+        return value
+    return round(value, DIGITS - 1 - math.floor(math.log10(size))) + 0.0  # and no -0
+
+
+def _steady(column: Column) -> Column:
+    """The column with its figures to `DIGITS`, so that they and all that comes of them are the same in every run."""
+    if column.kind != NUMBER or not column.n:
+        return column
+    error = (column.std or 0.0) / math.sqrt(column.n)
+    size = max(abs(column.base or 0.0), abs(column.new or 0.0), error)
+    return replace(
+        column,
+        base=_to_digits(column.base, size),
+        new=_to_digits(column.new, size),
+        difference=_to_digits(column.difference, error),
+        std=_to_digits(column.std, 0.0),
+        skewness=_to_digits(column.skewness, 1.0),
+        noise_floor=_to_digits(column.noise_floor, 0.0),
+    )
+
+
 def _floor(column: Column, noise: Sequence[Mapping[str, float]]) -> float | None:
     base, new = (one.get(column.name) for one in noise)
     return None if column.kind == OTHER or base is None or new is None else math.hypot(base, new)
@@ -288,26 +339,29 @@ def _centred(session: Session, pairing: Pairing, column: Column) -> Column:
     return replace(column, std=math.sqrt(spread * n / (n - 1)), skewness=_number(cube / spread**1.5))
 
 
-def _with_values(session: Session, pairing: Pairing, columns: Sequence[Column]) -> list[Column]:
-    """The columns; numbers of few pairs with their differences, and moments from these."""
+def _with_values(session: Session, pairing: Pairing, columns: Sequence[Column], seed: int) -> list[Column]:
+    """The columns; numbers of few pairs with their differences, resampled, and moments from these."""
     few = [c for c in columns if c.kind == NUMBER and c.n and c.n <= MOST_RESAMPLED and c.difference is not None]
     if not few:
         return list(columns)
     known = " OR ".join(f"({c.sql}) IS NOT NULL" for c in few)
     sql = f"SELECT {', '.join(c.sql for c in few)} FROM {pairing.joined} WHERE {known}"
     found = zip(*session.rows(sql, of=_ABOUT))
-    values = {c.name: np.array([x for x in of if x is not None], dtype=np.float64) for c, of in zip(few, found)}
-    return [_of_values(c, np.sort(values[c.name])) if c.name in values else c for c in columns]
+    values = [np.sort(np.array([x for x in of if x is not None], dtype=np.float64)) for of in found]
+    resampled = mean_interval.all_values_at(values, seed)
+    known_of = {c.name: _of_values(c, x, of) for c, x, of in zip(few, values, resampled)}
+    return [known_of.get(c.name, c) for c in columns]
 
 
-def _of_values(column: Column, x: NDArray[np.float64]) -> Column:
+def _of_values(column: Column, x: NDArray[np.float64], resampled: Callable[[float], Interval]) -> Column:
+    column = replace(column, values=x, resampled=resampled)
     if len(x) < 2 or x[0] == x[-1]:
-        return replace(column, values=x)
+        return column
     with np.errstate(all="ignore"):
         centred = x - x.mean()
         std = float(np.sqrt((centred**2).sum() / (len(x) - 1)))
         skewness = float((centred**3).mean() / (centred**2).mean() ** 1.5)
-    return replace(column, values=x, difference=float(x.mean()), std=_number(std), skewness=_number(skewness))
+    return _steady(replace(column, difference=float(x.mean()), std=_number(std), skewness=_number(skewness)))
 
 
 def _counts(n: int, base: float, difference: float, std: float) -> tuple[int, int, int, int]:

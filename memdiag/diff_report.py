@@ -17,6 +17,7 @@ from memdiag.rules import Change, Rule, confidence_of, gathered_changes
 from memdiag.tables import column
 from memdiag.verdicts import Outcome
 
+MOST_SHOWN = 100_000  # --top; DuckDB sorts no more than a million at once
 COLUMNS, MOVERS, RULES = "columns.parquet", "movers.parquet", "rules.parquet"
 
 
@@ -60,6 +61,8 @@ class DiffOptions:
         confidence_of(self.confidence)
         if self.top < 0:
             raise InputError(f"--top {self.top} is negative; give 0 or more")
+        if self.top > MOST_SHOWN:
+            raise InputError(f"--top {self.top} is too many; give {MOST_SHOWN:,} or fewer")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed} is negative; give 0 or more")
 

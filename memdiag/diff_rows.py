@@ -23,6 +23,7 @@ class ColumnRow:
     changed: int = tables.column(
         pa.int64(), "pairs whose values are not the same, one null and the other not among them"
     )
+    one_sided: int = tables.column(pa.int64(), "pairs with a value on one side and a null on the other")
     n: int | None = tables.column(
         pa.int64(), "pairs with a finite value on both sides; null: kind other", nullable=True
     )

@@ -5,9 +5,11 @@ Needs no torch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from memdiag.mean_interval import (
     p_of_rate,
     p_value,
     rate_interval,
+    widened,
 )
 from memdiag.report_sql import Session
 from memdiag.rule_sql import Mean, Parsed, Rate, expression, parse
@@ -30,7 +33,13 @@ from memdiag.verdicts import Verdict
 
 
 def judge(
-    session: Session, rules: Sequence[Rule], source: str, *, seed: int = 0, with_p: bool = False
+    session: Session,
+    rules: Sequence[Rule],
+    source: str,
+    *,
+    seed: int = 0,
+    with_p: bool = False,
+    floors: Mapping[str, float] | None = None,
 ) -> list[Verdict]:
     """Judge rules over the rows of a source, those about the same rows in one pass.
 
@@ -39,20 +48,30 @@ def judge(
         rules: to judge.
         source: what stands after FROM, without a condition.
         seed: of resamples.
-        with_p: also how likely it is that what has an interval is the limit.
+        with_p: of two reports: also how likely it is that what has an interval is the limit; and without a row there
+            is nothing to pass.
+        floors: half-widths at 95 % of what repeats of the measurement move a mean by, by the SQL of its values.
     Raises:
         InputError: a rule is no boolean expression about all rows, names what is not there, or must have an interval
             and cannot.
     """
     found: dict[int, Verdict] = {}
+    how = _How(seed, with_p, floors or {})
     for where in dict.fromkeys(rule.where for rule in rules):
         of = f"--where {where!r}"
         kept = f"{source} WHERE {'true' if where is None else expression(session, where, of=of)}"
         session.types(f"SELECT 1 FROM {kept}", of=of)
         mine = [i for i, rule in enumerate(rules) if rule.where == where]
-        for i, verdict in zip(mine, _judged_together(session, [rules[i] for i in mine], kept, seed, with_p)):
+        for i, verdict in zip(mine, _judged_together(session, [rules[i] for i in mine], kept, how)):
             found[i] = verdict
     return [found[i] for i in range(len(rules))]
+
+
+@dataclass(frozen=True)
+class _How:
+    seed: int
+    with_p: bool
+    floors: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,16 +84,17 @@ class _Asked:
     columns: tuple[str, ...]
 
 
-def _judged_together(session: Session, rules: Sequence[Rule], source: str, seed: int, with_p: bool) -> list[Verdict]:
+def _judged_together(session: Session, rules: Sequence[Rule], source: str, how: _How) -> list[Verdict]:
     asked = [_ask(session, rule, source) for rule in rules]
     columns = ["count(*)", *(column for one in asked for column in one.columns)]
     of = _named(rules[0]) if len(rules) == 1 else f"one of {len(rules)} rules"
-    (row,) = session.rows(f"SELECT {', '.join(columns)} FROM {source}", of=of)
-    rows, at, out = int(row[0]), 1, []
+    found = session.rows(f"SELECT {', '.join(columns)} FROM {source}", of=of)
+    if len(found) != 1:
+        raise InputError(f"{of} gives {len(found):,} values; a rule is one, true or false")
+    rows, at, out = int(found[0][0]), 1, []
     for one in asked:
-        values = row[at : at + len(one.columns)]
+        out.append(_verdict(session, one, found[0][at : at + len(one.columns)], rows, source, how))
         at += len(one.columns)
-        out.append(_verdict(session, one, values, rows, source, seed, with_p))
     return out
 
 
@@ -87,46 +107,52 @@ def _ask(session: Session, rule: Rule, source: str) -> _Asked:
     of = _named(rule)
     parsed = parse(session, rule.sql, of=of)
     _check_boolean(session, parsed, source, of)
-    columns = [parsed.sql]
-    for side in (parsed.observed, *parsed.limits):
-        columns.append("NULL" if side is None else f"TRY_CAST({side} AS DOUBLE)")
-    statistic = None
-    if rule.confidence is not None:
-        statistic = parsed.statistic if parsed.comparison in ("<", "<=", ">", ">=", "between") else None
-        if statistic is None and rule.must:
-            raise InputError(
-                f"{of} has a confidence, but no interval: only avg(…) and shares of counts compared with a number by "
-                "<, <=, >, >= or BETWEEN have one; leave its confidence out"
-            )
+    compared = [*([parsed.observed] if parsed.observed else []), *parsed.limits, *parsed.sides]
+    types = session.types(f"SELECT {', '.join(compared)} FROM {source} GROUP BY ()", of=of) if compared else []
+    is_text = bool(types) and set(types) == {"VARCHAR"}  # compared as text, and no figure
+    columns = [parsed.sql, *("NULL" if is_text else f"TRY_CAST({side} AS DOUBLE)" for side in compared)]
+    statistic = parsed.statistic if parsed.comparison in ("<", "<=", ">", ">=", "between") else None
+    if statistic is None and rule.confidence is not None and rule.must:
+        raise InputError(
+            f"{of} has a confidence, but no interval: only avg(…) and shares of counts compared with a number by "
+            "<, <=, >, >= or BETWEEN have one; leave its confidence out"
+        )
+    truth = statistic.truth if isinstance(statistic, Mean) else None
+    if isinstance(statistic, Mean) and truth is not None:
+        (kind,) = session.types(f"SELECT {truth} FROM {source}", of=of)
+        if kind == "BOOLEAN":
+            statistic = Rate(f"({statistic.values} = 1)", f"({statistic.among} AND {statistic.values} IS NOT NULL)")
+    return _Asked(rule, parsed, statistic, (*columns, *_columns(statistic, parsed)))
+
+
+def _columns(statistic: Mean | Rate | None, parsed: Parsed) -> list[str]:
+    """What must be known of the rows for the interval of a statistic."""
     if isinstance(statistic, Rate):
-        columns += [
-            f"count(*) FILTER (WHERE {statistic.hit})",
+        return [
+            f"count(*) FILTER (WHERE {statistic.hit} AND {statistic.among})",
             f"count(*) FILTER (WHERE {statistic.among})",
             f"count(*) FILTER (WHERE {statistic.hit} AND NOT coalesce({statistic.among}, false))",
         ]
-    elif isinstance(statistic, Mean):
-        (kind,) = session.types(f"SELECT {statistic.values} FROM {source}", of=of)
+    if isinstance(statistic, Mean):
         value, only = f"CAST({statistic.values} AS DOUBLE)", f"FILTER (WHERE {statistic.among})"
         finite = f"CASE WHEN isfinite({value}) THEN {value} END"
         # from the limit on, so that the third power does not lose its digits far from 0
-        shift = f"CAST({parsed.limits[0]} AS DOUBLE)"
-        columns += [
+        limit = f"TRY_CAST({parsed.limits[0]} AS DOUBLE)"
+        shift = f"CASE WHEN abs({limit}) < 1e15 THEN {limit} ELSE 0 END"
+        return [
             f"count({value}) {only}",
             f"avg({finite}) {only}",
             f"stddev_samp({finite}) {only}",
             f"skewness({finite} - {shift}) {only}",
-            f"count(*) FILTER (WHERE {statistic.among} AND {value} = 1)",
-            f"count(*) FILTER (WHERE {statistic.among} AND {value} NOT IN (0, 1))",
             f"count(*) FILTER (WHERE {statistic.among} AND NOT isfinite({value}))",
-            "false" if kind in ("DOUBLE", "FLOAT") else "true",
         ]
-    return _Asked(rule, parsed, statistic, tuple(columns))
+    return []
 
 
 def _check_boolean(session: Session, parsed: Parsed, source: str, of: str) -> None:
     """Raise InputError unless the rule gives one truth value for all rows."""
     try:
-        (type_,) = session.types(f"SELECT {parsed.sql} FROM {source} GROUP BY ()", of=of)
+        types = session.types(f"SELECT {parsed.sql} FROM {source} GROUP BY ()", of=of)
     except InputError as error:
         if "must appear in the GROUP BY clause" in str(error):
             raise InputError(
@@ -136,35 +162,37 @@ def _check_boolean(session: Session, parsed: Parsed, source: str, of: str) -> No
         if "avg(BOOLEAN)" in str(error) or "mean(BOOLEAN)" in str(error):
             raise InputError(f"{of} takes the mean of truth values; make them numbers: avg(…::INT)") from None
         raise
-    if type_ != "BOOLEAN":
-        raise InputError(f"{of} gives {type_.lower()}, not true or false; compare it with a limit")
+    if types != ["BOOLEAN"]:
+        gives = types[0].lower() if len(types) == 1 else f"{len(types)} values"
+        raise InputError(f"{of} gives {gives}, not true or false; compare it with a limit")
 
 
-def _verdict(
-    session: Session, one: _Asked, values: Sequence[Any], rows: int, source: str, seed: int, with_p: bool
-) -> Verdict:
+def _verdict(session: Session, one: _Asked, values: Sequence[Any], rows: int, source: str, how: _How) -> Verdict:
     rule, parsed = one.rule, one.parsed
-    holds, observed, *limits = values[: 2 + max(1, len(parsed.limits))]
-    numbers = tuple(rounded(limit) for limit in limits) if parsed.comparison else (None,)
-    rest = values[2 + max(1, len(parsed.limits)) :] if parsed.limits else values[2:]
-    note = p = None
-    interval = Interval(rounded(observed), None, None, rows, None, None)
+    known = 1 + (parsed.observed is not None) + len(parsed.limits) + len(parsed.sides)
+    holds, *sides = values[:known]
+    observed, *limits = sides if parsed.comparison else (None,)
+    numbers = [rounded(limit) for limit in limits]
+    interval, p, note = Interval(rounded(observed), None, None, rows, None, None), None, None
     if one.statistic is not None:
-        limit = nearest(numbers, interval.value) if with_p else None
-        found, p = _interval(session, one.statistic, rest, rule, source, seed, limit)
-        interval = Interval(interval.value, found.lo, found.hi, found.n, found.method, found.note)
-        note = found.note
+        n = int(values[known] if isinstance(one.statistic, Mean) else values[known + 1])
+        interval = dataclasses.replace(interval, n=n)
+        if rule.confidence is not None:
+            interval, p = _interval(session, one, values[known:], numbers, interval, source, how)
+            note = interval.note
     elif rule.confidence is not None:
         note = "no mean or rate compared with a number: judged by its value"
-    sides = [side for side in (observed, *limits) if side is not None]
-    if holds is None:
-        verdict, note = "fail", "undefined: no row has a value"
-    elif not all(map(math.isfinite, sides)):  # SQL calls NaN greater than every number
-        verdict, note = "fail", f"undefined: it compares {' with '.join(f'{side:g}' for side in sides)}"
-    elif one.statistic is not None:
-        verdict = judged(parsed.comparison or "", numbers, interval)
-    else:
+    with_interval = one.statistic is not None and rule.confidence is not None
+    undefined = _undefined(parsed, holds, sides, rows, how)
+    if undefined is not None:  # and so is its interval
+        verdict, note, p = "fail", f"undefined: {undefined}", None
+        interval = dataclasses.replace(interval, lo=None, hi=None, method=None)
+    elif not with_interval:
         verdict = "pass" if holds else "fail"
+    else:
+        verdict = judged(parsed.comparison or "", numbers, interval)
+        if interval.lo is None and not holds:  # nothing can be shown; but what does not hold as it stands must not pass
+            verdict = "fail"
     return Verdict(
         rule=rule.title,
         sql=rule.sql,
@@ -172,10 +200,10 @@ def _verdict(
         observed=interval.value,
         lo=rounded(interval.lo),
         hi=rounded(interval.hi),
-        limit=numbers[-1],
+        limit=numbers[-1] if numbers else None,
         comparison=parsed.comparison,
         n=interval.n,
-        confidence=rule.confidence if interval.lo is not None or one.statistic is not None else None,
+        confidence=rule.confidence if with_interval else None,
         method=interval.method,
         p=p,
         q=None,
@@ -183,42 +211,79 @@ def _verdict(
     )
 
 
-def nearest(limits: Sequence[float | None], value: float | None) -> float | None:
-    """The limit that a value is nearest to."""
-    known = [limit for limit in limits if limit is not None]
-    return min(known, key=lambda limit: abs(limit - value)) if value is not None and known else None
+def _undefined(parsed: Parsed, holds: bool | None, sides: Sequence[Any], rows: int, how: _How) -> str | None:
+    """Why a rule has no truth value, if it has none: it fails then, whatever SQL makes of it."""
+    if not rows and how.with_p:
+        return "no row of the one report has a partner in the other"
+    figures = [side for side in sides if side is not None]
+    if not all(map(math.isfinite, figures)):  # SQL calls NaN greater than every number
+        told = figures if parsed.comparison else [side for side in figures if not math.isfinite(side)]
+        return f"it compares {' with '.join(f'{side:g}' for side in told)}"
+    if holds is None:
+        return "its limit is null" if parsed.comparison and sides[0] is not None else "no row has a value"
+    return None
 
 
 def _interval(
     session: Session,
-    statistic: Mean | Rate,
+    one: _Asked,
     values: Sequence[Any],
-    rule: Rule,
+    limits: Sequence[float | None],
+    observed: Interval,
     source: str,
-    seed: int,
-    limit: float | None,
+    how: _How,
 ) -> tuple[Interval, float | None]:
-    """The interval, and p that the figure is the limit if there is one."""
-    confidence = rule.confidence or 0.0
+    """The interval of what a rule is about, and p that it is the limit if that is asked for."""
+    confidence, statistic = one.rule.confidence or 0.0, one.statistic
+    p_of: Callable[[float], float | None]
     if isinstance(statistic, Rate):
-        hits, n, outside = values
+        hits, n, outside = (int(value) for value in values)
         if outside:
             note = f"{outside:,} of the rows counted above are not among those below: no share, so no interval"
-            return Interval(None, None, None, n, None, note), None
-        return rate_interval(hits, n, confidence), None if limit is None else p_of_rate(hits, n, limit)
-    n, mean, std, skewness, ones, others, infinite, whole = values
-    if infinite:
-        return Interval(None, None, None, n, None, None), None  # nor has the mean itself a value
-    if whole and not others:  # truth values as numbers: their mean is a rate
-        return rate_interval(ones, n, confidence), None if limit is None else p_of_rate(ones, n, limit)
-    if n > MOST_RESAMPLED:
-        moments = (n, mean, std, skewness)
-        return of_moments(*moments, confidence), None if limit is None else p_of_moments(*moments, limit)
-    kept = f"SELECT CAST({statistic.values} AS DOUBLE) AS value FROM {source} AND {statistic.among}"
-    column = session.column(f"SELECT value FROM ({kept}) WHERE value IS NOT NULL", of=_named(rule))
-    found = np.asarray(column, dtype=np.float64)
-    p = None if limit is None else p_value(found, limit, seed=seed)
-    return mean_interval(found, confidence, seed=seed), p
+            return dataclasses.replace(observed, note=note), None
+        found, p_of = rate_interval(hits, n, confidence), partial(p_of_rate, hits, n)
+    else:
+        assert isinstance(statistic, Mean)
+        n, mean, std, skewness, infinite = values
+        floor = how.floors.get(statistic.values, 0.0)
+        if infinite:
+            return observed, None  # nor has the mean itself a value
+        if n > MOST_RESAMPLED:
+            found = of_moments(n, mean, std, skewness, confidence)
+            p_of = partial(p_of_moments, n, mean, std, skewness, floor=floor)
+        else:
+            kept = f"SELECT CAST({statistic.values} AS DOUBLE) AS value FROM {source} AND {statistic.among}"
+            column = session.column(f"SELECT value FROM ({kept}) WHERE value IS NOT NULL", of=_named(one.rule))
+            x = np.asarray(column, dtype=np.float64)
+            found = mean_interval(x, confidence, seed=how.seed)
+            p_of = partial(p_value, x, floor=floor, seed=how.seed)
+        found = widened(found, floor, confidence) if floor else found
+    if found.value is not None and not _same(found.value, observed.value):
+        note = "what it compares is not the mean or rate that it is made of: no interval"
+        return dataclasses.replace(observed, note=note), None
+    p = p_of_limits(p_of, limits, observed.value) if how.with_p else None
+    return dataclasses.replace(found, value=observed.value), p
+
+
+def _same(one: float, other: float | None) -> bool:
+    return other is not None and abs(one - other) <= 1e-6 * max(abs(one), abs(other)) + 1e-12
+
+
+def p_of_limits(
+    p_of: Callable[[float], float | None], limits: Sequence[float | None], value: float | None
+) -> float | None:
+    """p that a figure is beyond its limits, or within them, by chance.
+
+    Of one limit, or outside of two, that of the limit it is nearest to. Between two limits the greater of both: it has
+    to be told from each.
+    """
+    known = [limit for limit in limits if limit is not None]
+    if value is None or not known:
+        return None
+    if len(known) == 2 and known[0] <= value <= known[1]:
+        both = [p_of(limit) for limit in known]
+        return None if None in both else max(p for p in both if p is not None)
+    return p_of(min(known, key=lambda limit: abs(limit - value)))
 
 
 def judged(comparison: str, limits: Sequence[float | None], interval: Interval) -> str:

@@ -17,6 +17,7 @@ torch.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 from memdiag.mean_interval import Interval
 
@@ -27,15 +28,13 @@ def of_counts(both: int, base_only: int, new_only: int, neither: int, alpha: flo
     Returns:
         value None for no pair. The interval is within [-1, 1]; there is one where no pair changed as well.
     """
-    from scipy import special
-
     a, b, c, d = both, base_only, new_only, neither
     n = a + b + c + d
     if min(a, b, c, d) < 0:
         raise ValueError(f"counts are at least 0, got {(a, b, c, d)}")
     if not n:
         return Interval(None, None, None, 0, None, "no values")
-    z = -float(special.ndtri(alpha / 2))
+    z = -NormalDist().inv_cdf(alpha / 2)
     p1, p2 = (a + b) / n, (a + c) / n
     (l1, u1), (l2, u2) = _wilson(p1, n, z), _wilson(p2, n, z)
     product = (a + b) * (c + d) * (a + c) * (b + d)

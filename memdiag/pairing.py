@@ -108,6 +108,7 @@ def paired_by(session: Session, kind: str, on: str | None = None) -> Pairing:
     # the last column is what the rows are about: one example each of two reports need not be the same one
     single = [name for name in wanted[:-1] if on is None and all(_is_single(session, side, name) for side in SIDES)]
     keys = tuple(name for name in wanted if name not in single)
+    _check_types(session, keys)
     in_order = rows["base"] == rows["new"] and _same_order(session, keys)
     for side in SIDES[:1] if in_order else SIDES:
         _check_unique(session, side, keys)
@@ -136,6 +137,26 @@ def example_key(session: Session, pairing: Pairing, side: str) -> str:
 
 
 _ABOUT = "pairing the reports"
+
+
+def _check_types(session: Session, keys: Sequence[str]) -> None:
+    """Raise InputError if a key is of one type here and of another there: 1 and "1" are no two names of one row."""
+    listed = ", ".join(f"{side}.{quoted(name)}" for side in SIDES for name in keys)
+    types = session.types(f"SELECT {listed} FROM base CROSS JOIN new", of=_ABOUT)
+    for name, base, new in zip(keys, types, types[len(keys) :]):
+        if _family(base) != _family(new):
+            raise InputError(
+                f"key column {name!r} is {base} in the base report and {new} in the new one, so no row is surely the "
+                "same; make both reports from data of one type, or give --on with another column"
+            )
+
+
+def _family(type_: str) -> str:
+    """Types whose values can be told equal."""
+    name = type_.split("(")[0]
+    if name.removeprefix("U") in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"):
+        return "whole numbers"
+    return "other numbers" if name in ("FLOAT", "DOUBLE", "DECIMAL") else type_
 
 
 def _same(keys: Sequence[str]) -> str:

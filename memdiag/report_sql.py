@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from memdiag.errors import InputError, one_line, unknown
 
 TIME_LIMIT = 60.0  # seconds that one statement may take
 MEMORY_LIMIT = "4GB"
+GRACE = 3.0  # seconds after its time in which a statement may stop by itself
+ROOM = 1 << 30  # bytes beyond the memory limit: what DuckDB does not count, and Python
 _NO_COLUMN = re.compile(r'Referenced column "(?P<name>.*?)" not found|does not have a column named "(?P<other>.*?)"')
 _FAULTS_OF_SQL = (
     duckdb.ParserException,
@@ -42,10 +47,12 @@ class Session:
         columns: Mapping[str, Sequence[str]],
         paths: Mapping[str, Path],
         time_limit: float,
+        last_resort: Callable[[str], None] | None = None,
     ) -> None:
         self._connection = connection
         self._time_limit = time_limit
         self._paths = paths
+        self._last_resort = last_resort
         self.columns = columns  # by the name of the view
 
     def rows(self, sql: str, parameters: Sequence[Any] = (), *, of: str = "the query") -> list[tuple[Any, ...]]:
@@ -67,29 +74,37 @@ class Session:
         return [str(row[1]) for row in self.rows(f"DESCRIBE {sql}", of=of)]
 
     def _ran(self, sql: str, parameters: Sequence[Any], of: str, take: Any) -> Any:
-        alarm = threading.Timer(self._time_limit, self._connection.interrupt)
-        alarm.daemon = True
-        alarm.start()
+        alarms = [threading.Timer(self._time_limit, self._connection.interrupt)]
+        if self._last_resort is not None:  # one call of a function is not interrupted, however long it is
+            said = f"{self._took_too_long(of)}"
+            alarms.append(threading.Timer(self._time_limit + GRACE, self._last_resort, [said]))
+        for alarm in alarms:
+            alarm.daemon = True
+            alarm.start()
         try:
             return take(self._connection.execute(sql, list(parameters)))
+        except MemoryError:
+            raise InputError(_too_much_memory(of)) from None
         except duckdb.Error as error:
             raise self._explained(error, of) from None
         except (UnicodeError, RuntimeError) as error:  # text that is not UTF-8, as the query's or in a file
             raise InputError(f"{of}: {one_line(error, 160)}") from None
         finally:
-            alarm.cancel()
+            for alarm in alarms:
+                alarm.cancel()
+
+    def _took_too_long(self, of: str) -> str:
+        return f"{of} took longer than {self._time_limit:g} s; make it simpler or give a longer --time-limit"
 
     def _explained(self, error: duckdb.Error, of: str) -> InputError:
         """DuckDB's error as one line that says what to do."""
         text = str(error)
         if isinstance(error, duckdb.InterruptException):
-            return InputError(
-                f"{of} took longer than {self._time_limit:g} s; make it simpler or give a longer --time-limit"
-            )
+            return InputError(self._took_too_long(of))
         if isinstance(error, duckdb.PermissionException) or "configuration has been locked" in text:
             return InputError(f"{of} wants more than the report: SQL here reaches no files, extensions or settings")
         if isinstance(error, duckdb.OutOfMemoryException):
-            return InputError(f"{of} takes more memory than it may; make it simpler or give a larger --memory-limit")
+            return InputError(_too_much_memory(of))
         if found := _NO_COLUMN.search(text):
             name = found["name"] or found["other"]
             known = {column for columns in self.columns.values() for column in columns}
@@ -102,9 +117,17 @@ class Session:
         return InputError(f"{of} {kind}: {one_line(said, 200)}")
 
 
+def _too_much_memory(of: str) -> str:
+    return f"{of} takes more memory than it may; make it simpler or give a larger --memory-limit"
+
+
 @contextmanager
 def opened(
-    reports: Mapping[str, Path], *, time_limit: float = TIME_LIMIT, memory_limit: str | None = None
+    reports: Mapping[str, Path],
+    *,
+    time_limit: float = TIME_LIMIT,
+    memory_limit: str | None = None,
+    own_process: bool = False,
 ) -> Iterator[Session]:
     """Reports as views, each by its name, in a database without access to anything else.
 
@@ -112,6 +135,8 @@ def opened(
         reports: name -> file.
         time_limit: seconds that one statement may take.
         memory_limit: such as 4GB; what does not fit goes to temporary files where it can.
+        own_process: this process does nothing else. Then the limits are also those of the process: DuckDB does not
+            count all the memory that functions take, and cannot interrupt a single call of one.
     Raises:
         InputError: there is no such report, or it is not one of memdiag; `memory_limit` is no size.
     """
@@ -125,7 +150,11 @@ def opened(
         tables.read_meta(path)
         schemas[name] = tables.read_schema(path).names
     # Under names of our own: in the user's, DuckDB would see patterns, partitions and addresses.
-    with tempfile.TemporaryDirectory(prefix="memdiag-sql-") as folder, _shut_in(Path(folder), memory) as connection:
+    with (
+        tempfile.TemporaryDirectory(prefix="memdiag-sql-") as folder,
+        _shut_in(Path(folder), memory) as connection,
+        _limited(memory) if own_process else nullcontext(),
+    ):
         places = {name: Path(folder, f"{number}.parquet") for number, name in enumerate(reports)}
         for name, place in places.items():
             os.symlink(os.path.abspath(reports[name]), place)
@@ -133,7 +162,7 @@ def opened(
         connection.execute(f"SET allowed_paths = [{allowed}]")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
-        session = Session(connection, schemas, reports, time_limit)
+        session = Session(connection, schemas, reports, time_limit, _ended(folder) if own_process else None)
         for name, place in places.items():
             view = f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet({_quoted(place)}, hive_partitioning = false)'
             session.rows(view, of=str(reports[name]))
@@ -158,6 +187,41 @@ def _shut_in(folder: Path, memory: str) -> Iterator[duckdb.DuckDBPyConnection]:
     finally:
         with suppress(duckdb.Error):
             connection.close()
+
+
+@contextmanager
+def _limited(memory: str) -> Iterator[None]:
+    """No more address space for this process than it has, the limit, and some room."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    units = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    number, unit = re.fullmatch(r"([\d.]+)\s*([kmgt])i?b", memory.lower()).groups()  # type: ignore[union-attr]
+    wanted = int(float(number) * units[unit]) + ROOM + _address_space()
+    limits = [limit for limit in (wanted, *before) if limit != resource.RLIM_INFINITY]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped; generous where it cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return 1 << 34
+
+
+def _ended(folder: str) -> Callable[[str], None]:
+    """Ends the process with one line and exit code 2, from another thread than the one that hangs."""
+
+    def end(said: str) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"memdiag: {said}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    return end
 
 
 def _quoted(path: Path) -> str:

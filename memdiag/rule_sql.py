@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,26 @@ COMPARISONS = {
 }
 MEANS = ("avg", "mean")
 COUNTS_OF = ("count_if", "countif")
+FLOATS = ("DOUBLE", "FLOAT")
+WHOLE = ("BIGINT", "INTEGER", "HUGEINT")
+# functions that most rules are made of; of others DuckDB is asked whether they give the same again
+USUAL = frozenset(
+    [*MEANS, *COUNTS_OF, "count", "count_star", "sum", "min", "max", "median", "quantile_cont", "quantile_disc"]
+) | {"bool_and", "bool_or", "abs", "coalesce", "round", "stddev_samp", "isfinite", "isnan", "+", "-", "*", "/", "//"}
+ANY_ROW = ("first", "last", "any_value", "arbitrary")  # of which row depends on the order in which threads come
+SEVERAL = ("unnest", "unlist", "generate_subscripts")
 
 
 @dataclass(frozen=True)
 class Mean:
-    """avg(values) over the rows that are `among`; SQL of a row."""
+    """avg(values) over the rows that are `among`; SQL of a row.
+
+    truth: SQL of what the values are a number of, if that may be a truth value: then the mean is a rate.
+    """
 
     values: str
     among: str
+    truth: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Parsed:
     observed: str | None
     limits: tuple[str, ...]
     statistic: Mean | Rate | None
+    sides: tuple[str, ...] = ()  # of the comparisons within it, if it is not itself one
 
 
 def parse(session: Session, text: str, *, of: str) -> Parsed:
@@ -66,8 +79,9 @@ def parse(session: Session, text: str, *, of: str) -> Parsed:
         InputError: it is not one SQL expression.
     """
     tree = _tree(session, text, of)
-    write = _Writer(session, tree["whole"])
+    write = _Writer(session, tree["whole"], of)
     expression = tree["expression"]
+    _check_repeatable(session, expression, of)
     kind, type_ = expression.get("class"), expression.get("type")
     if kind == "COMPARISON" and type_ in COMPARISONS:
         left, right = expression["left"], expression["right"]
@@ -80,13 +94,14 @@ def parse(session: Session, text: str, *, of: str) -> Parsed:
         ends = (expression["lower"], expression["upper"])
         statistic = _statistic(expression["input"], write) if all(map(_is_constant, ends)) else None
         return Parsed(write(expression), "between", write(expression["input"]), tuple(map(write, ends)), statistic)
-    return Parsed(write(expression), None, None, (), None)
+    return Parsed(write(expression), None, None, (), None, tuple(map(write, _sides(expression))))
 
 
 def expression(session: Session, text: str, *, of: str) -> str:
     """One SQL expression, written again from its tree; errors as `parse`."""
     tree = _tree(session, text, of)
-    return _Writer(session, tree["whole"])(tree["expression"])
+    _check_repeatable(session, tree["expression"], of)
+    return _Writer(session, tree["whole"], of)(tree["expression"])
 
 
 def _tree(session: Session, text: str, of: str) -> dict[str, Any]:
@@ -94,7 +109,11 @@ def _tree(session: Session, text: str, of: str) -> dict[str, Any]:
 
     The text stands alone here: one that closes the bracket, adds a clause or a statement shows as such in the tree.
     """
-    found = json.loads(session.rows("SELECT json_serialize_sql(?)", [f"SELECT (\n{text}\n)"], of=of)[0][0])
+    written = session.rows("SELECT json_serialize_sql(?)", [f"SELECT (\n{text}\n)"], of=of)[0][0]
+    try:
+        found = json.loads(written)
+    except RecursionError:
+        raise _too_deep(of) from None
     if found.get("error"):
         said = " ".join(str(found.get("error_message", "")).split())
         raise InputError(f"{of} is no SQL: {said[:200]}")
@@ -115,26 +134,74 @@ def _tree(session: Session, text: str, of: str) -> dict[str, Any]:
 class _Writer:
     """Trees of expressions as SQL."""
 
-    def __init__(self, session: Session, whole: Mapping[str, Any]) -> None:
+    def __init__(self, session: Session, whole: Mapping[str, Any], of: str) -> None:
         self._session = session
         self._whole = whole
+        self._of = of
 
     def __call__(self, expression: Mapping[str, Any]) -> str:
-        tree = copy.deepcopy(dict(self._whole))
-        tree["statements"][0]["node"]["select_list"] = [expression]
-        sql = str(self._session.rows("SELECT json_deserialize_sql(?)", [json.dumps(tree)])[0][0])
+        try:
+            tree = copy.deepcopy(dict(self._whole))
+            tree["statements"][0]["node"]["select_list"] = [expression]
+            written = json.dumps(tree)
+        except RecursionError:
+            raise _too_deep(self._of) from None
+        sql = str(self._session.rows("SELECT json_deserialize_sql(?)", [written], of=self._of)[0][0])
         return f"({sql.removeprefix('SELECT ')})"
 
 
-def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
-    if isinstance(tree, Mapping):
-        if "class" in tree:
-            yield tree
-        for child in tree.values():
-            yield from _nodes(child)
-    elif isinstance(tree, list):
-        for child in tree:
-            yield from _nodes(child)
+def _too_deep(of: str) -> InputError:
+    return InputError(f"{of} is too deeply nested; make it simpler")
+
+
+def _check_repeatable(session: Session, expression: Mapping[str, Any], of: str) -> None:
+    """Refuse what does not give one value, and the same again.
+
+    Raises:
+        InputError: it is random, depends on the time or on the order of rows, or gives several values.
+    """
+    nodes = list(_nodes(expression))
+    names = {str(node.get("function_name")): node for node in nodes if node.get("class") == "FUNCTION"}
+    asked = sorted(set(names) - USUAL)
+    volatile = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT' "
+    volatile += "AND list_contains(?, function_name)"
+    for (name,) in session.rows(volatile, [asked], of=of) if asked else []:
+        raise InputError(f"{of} asks for {name}(), which is another each time; a rule gives the same again")
+    for name in asked:
+        if name in ANY_ROW and not (names[name].get("order_bys") or {}).get("orders"):
+            raise InputError(f"{of}: {name}() is of any row; say which: min, max, or {name}(… ORDER BY …)")
+    if any(node.get("sample") for node in nodes):
+        raise InputError(f"{of} samples rows, which are others each time; a rule gives the same again")
+    outside = list(_nodes(expression, within_queries=False))
+    several = any(node["class"] == "STAR" and node.get("columns") for node in outside)
+    if several or any(node.get("function_name") in SEVERAL for node in outside):
+        raise InputError(f"{of} gives several values; a rule is one, true or false")
+
+
+def _sides(expression: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is compared under AND, OR and NOT."""
+    kind = expression.get("class")
+    if kind == "COMPARISON":
+        return [expression["left"], expression["right"]]
+    if kind == "BETWEEN":
+        return [expression["input"], expression["lower"], expression["upper"]]
+    if kind == "CONJUNCTION" or expression.get("type") == "OPERATOR_NOT":
+        return [side for child in expression["children"] for side in _sides(child)]
+    return []
+
+
+def _nodes(tree: Any, *, within_queries: bool = True) -> Iterator[Mapping[str, Any]]:
+    """Every part of a tree that has a class or samples, itself among them."""
+    waiting = [tree]  # a stack of its own: trees may be deeper than Python's
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, Mapping):
+            if "class" in found or "sample" in found:
+                yield {"class": "", **found}
+            if within_queries or found.get("class") != "SUBQUERY":
+                waiting += found.values()
+        elif isinstance(found, list):
+            waiting += found
 
 
 def _is_constant(expression: Mapping[str, Any]) -> bool:
@@ -147,15 +214,28 @@ def _is_constant(expression: Mapping[str, Any]) -> bool:
 
 def _statistic(expression: Mapping[str, Any], write: _Writer) -> Mean | Rate | None:
     """The mean or rate that an expression is, else None."""
-    expression = _inner(expression)
+    expression = _without_casts(expression, FLOATS)
     if _is_call(expression, *MEANS) and len(expression["arguments"]) == 1:
-        return Mean(write(_argument(expression)), _among(expression, write))
+        return _mean(expression, write)
     if not (_is_call(expression, "/") and len(expression["arguments"]) == 2):
         return None
-    over, under = (_inner(argument["expression"]) for argument in expression["arguments"])
+    over, under = (_without_casts(argument["expression"], FLOATS + WHOLE) for argument in expression["arguments"])
     hit, among = _counted(over, write), _counted(under, write)
     # `count(*) / count(*)` counts no hits; a column that is counted has hits where it is not null
     return Rate(hit, among) if hit not in (None, "true") and among is not None else None
+
+
+def _mean(call: Mapping[str, Any], write: _Writer) -> Mean | Rate:
+    """A mean; of CASE WHEN … THEN 1 ELSE 0 END it is a rate, and of a truth value as a number it may be one."""
+    argument, among = _argument(call), _among(call, write)
+    values = write(argument)
+    if argument.get("class") == "CASE":
+        results = [check["then_expr"] for check in argument["case_checks"]] + [argument.get("else_expr") or {}]
+        if all((result.get("literal") or {}).get("text") in ("0", "1") for result in results):
+            return Rate(f"({values} = 1)", among)
+    if argument.get("class") == "CAST":
+        return Mean(values, among, write(argument["child"]))
+    return Mean(values, among)
 
 
 def _counted(call: Mapping[str, Any], write: _Writer) -> str | None:
@@ -182,9 +262,9 @@ def _argument(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _inner(expression: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without casts around it."""
-    while expression.get("class") == "CAST":
+def _without_casts(expression: Mapping[str, Any], types: Sequence[str]) -> Mapping[str, Any]:
+    """Without casts to these types around it, which change no value."""
+    while expression.get("class") == "CAST" and (expression.get("type_expr") or {}).get("type_name") in types:
         expression = expression["child"]
     return expression
 

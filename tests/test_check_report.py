@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,38 @@ def test_every_kind_of_report_can_be_checked(tmp_path, kind, nulls):
     assert empty.outcome.notes == ("the report has no rows",)
 
 
+# -- limits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        # one call of a function, which DuckDB does not interrupt
+        ("levenshtein(repeat('a', 300000), repeat('b', 300000)) > 0", "took longer than 0.3 s; make it simpler"),
+        # memory that DuckDB does not count
+        ("len(range(600000000)) > 0", "takes more memory than it may"),
+        ("length(repeat('x', 3000000000)) > 0", "takes more memory than it may"),
+    ],
+)
+def test_a_rule_is_held_to_its_limits_by_the_process(report, monkeypatch, rule, says):
+    place = report.absolute().parent / "temporary"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    done = process("check", report, "-r", rule, "--time-limit", "0.3", "--memory-limit", "200MB", timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("memdiag: rule ")
+    assert says in line
+    assert list(place.iterdir()) == []
+    assert not Path("check.parquet").exists()
+
+
+def test_the_limits_of_this_process_are_put_back(memdiag_, report):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    memdiag_("check", report, "-r", "avg(loss) > 1")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 # -- what is written -----------------------------------------------------------------------------------------------
 
 
@@ -169,6 +202,7 @@ def test_the_report_of_a_check(memdiag_, report):
     found = memdiag.read("check.parquet")
     assert found.table.schema.remove_metadata() == tables.schema_of(CheckRow).remove_metadata()
     first, second = found.table.to_pylist()
+    assert (first["condition"], second["condition"]) == (None, None)
     assert (first["rule"], first["sql"], first["verdict"], first["limit"]) == ("mean", "avg(loss) < 1", "fail", 1.0)
     assert first["lo"] < first["observed"] < first["hi"]
     assert (first["n"], first["confidence"], first["method"], first["comparison"]) == (200, 0.9, "bootstrap-t", "<")
@@ -196,7 +230,10 @@ def test_the_same_check_gives_the_same_bytes(memdiag_, report):
 def test_nothing_else_is_written_over(memdiag_, report):
     before = report.read_bytes()
     about = ("check", report, "-r", "avg(loss) < 2", "--out")
-    assert one_line(memdiag_(*about, report)).endswith("is a report 'score'; --force or another --out")
+    assert one_line(memdiag_(*about, report)).endswith("is what is to be read; choose another --out")
+    assert one_line(memdiag_(*about, report, "--force")).endswith("is what is to be read; choose another --out")
+    write_kind(Path("other.parquet"), "score")
+    assert one_line(memdiag_(*about, "other.parquet")).endswith("is a report 'score'; --force or another --out")
     Path("notes.txt").write_text("mine")
     assert one_line(memdiag_(*about, "notes.txt")).endswith("is no report of memdiag; --force or another --out")
     assert (report.read_bytes(), Path("notes.txt").read_text()) == (before, "mine")
@@ -234,6 +271,24 @@ def test_rules_of_a_file_on_the_command_line(memdiag_, report):
     assert done.code == 1
     done = memdiag_("check", report, "--rules", "rules.toml", "--where", "loss < 3", "--json")
     assert done.code == 0
+    assert memdiag.read("check.parquet").table["condition"].to_pylist() == ["loss < 3"] * 2
+
+
+def test_a_check_of_a_check_does_not_replace_it(memdiag_, report):
+    memdiag_("check", report, "-r", "avg(loss) < 9")
+    before = Path("check.parquet").read_bytes()
+    assert "is what is to be read" in one_line(memdiag_("check", "check.parquet", "-r", "bool_and(verdict = 'pass')"))
+    assert Path("check.parquet").read_bytes() == before
+    assert memdiag_("check", "check.parquet", "-r", "bool_and(verdict = 'pass')", "--out", "second.parquet").code == 0
+
+
+def test_a_noise_floor_that_the_report_states_is_in_the_interval(memdiag_, report):
+    columns = {"memorization": np.random.default_rng(0).beta(2, 5, size=400)}
+    write_columns(Path("plain.parquet"), columns, kind="counterfactual")
+    write_columns(Path("noisy.parquet"), columns, kind="counterfactual", noise_floor={"memorization": 0.1})
+    for name, verdict in (("plain", "pass"), ("noisy", "inconclusive")):
+        found = memdiag.check(f"{name}.parquet", "avg(memorization) < 0.35", confidence=0.95)
+        assert found.outcome.verdicts[0].verdict == verdict
 
 
 def test_where_no_row_is_left(memdiag_, report):

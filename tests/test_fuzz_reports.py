@@ -63,7 +63,7 @@ def test_strange_rules(run, tmp_path, monkeypatch):
             judge(run, [*command, "--rule", rule, "--time-limit", "5", "-q"], f"{seed} {command[0]} {rule!r}", made)
         )
         shutil.rmtree(made) if os.path.isdir(made) else os.path.exists(made) and os.unlink(made)
-    assert {2} < set(seen)
+    assert 2 in seen
 
 
 @pytest.mark.parametrize(("command", "known"), [("check", CHECK), ("diff", DIFF)])

@@ -10,7 +10,7 @@ from reports import write_columns
 from scipy import stats
 
 from memdiag.errors import InputError
-from memdiag.judging import judge, judged
+from memdiag.judging import judge, judged, p_of_limits
 from memdiag.mean_interval import MOST_RESAMPLED, Interval, mean_interval, of_moments
 from memdiag.report_sql import opened
 from memdiag.rule_sql import Mean, Rate, parse
@@ -138,12 +138,13 @@ def test_a_where_is_a_condition_of_rows(report):
 def test_values_by_hand(tmp_path):
     report = write_columns(tmp_path / "r.parquet", {"x": [1.0, 2.0, 6.0, None], "ok": [True, False, True, True]})
     for sql, verdict, observed, limit, n in [
-        ("avg(x) < 3", "fail", 3.0, 3.0, 4),
-        ("avg(x) <= 3", "pass", 3.0, 3.0, 4),
+        ("avg(x) < 3", "fail", 3.0, 3.0, 3),  # rows with a value
+        ("avg(x) <= 3", "pass", 3.0, 3.0, 3),
+        ("avg(x) FILTER (WHERE ok) <= 3.5", "pass", 3.5, 3.5, 2),
         ("3 < max(x)", "pass", 6.0, 3.0, 4),
         ("count(*) FILTER (WHERE ok) = 3", "pass", 3.0, 3.0, 4),
         ("count(x) / count(*) > 0.75", "fail", 0.75, 0.75, 4),
-        ("avg(x) BETWEEN 2 AND 3", "pass", 3.0, 3.0, 4),
+        ("avg(x) BETWEEN 2 AND 3", "pass", 3.0, 3.0, 3),
         ("median(x) != 2", "fail", 2.0, 2.0, 4),
         ("max(x) > min(x)", "pass", 6.0, 1.0, 4),
         ("bool_and(ok)", "fail", None, None, 4),
@@ -164,7 +165,13 @@ def test_undefined_fails_and_says_so(tmp_path):
         found = one(report, "avg(x) < 3", where="k = 7", confidence=confidence)
         assert (found.verdict, found.observed, found.n) == ("fail", None, 0)
         assert found.note.startswith("undefined: no row has a value")
-    for sql in ("count(x) / count(*) FILTER (WHERE k = 5) < 1", "avg(x / 0) > 0", "avg(x) > 'nan'", "avg(x) < 'inf'"):
+    assert one(report, "avg(x) < NULL").note == "undefined: its limit is null"
+    for sql in (
+        "count(x) / count(*) FILTER (WHERE k = 5) < 1", "avg(x / 0) > 0", "avg(x) > 'nan'", "avg(x) < 'inf'",
+        "avg('nan'::DOUBLE) > 0.2 AND true",
+        "NOT (avg('nan'::DOUBLE) < 0.2)", "count_if(x > 9) / count_if(x > 9) > 0.9 AND count(*) > 2",
+        "count(*) > 2 OR avg(x / 0) BETWEEN 0 AND 1",
+    ):  # fmt: skip
         for confidence in (None, 0.95):
             found = one(report, sql, confidence=confidence)
             assert (found.verdict, found.lo) == ("fail", None), sql
@@ -248,6 +255,107 @@ def test_a_share_must_be_one(report):
     found = one(report, "count_if(layer = 1) / count(*) FILTER (WHERE layer = 2) < 5", confidence=0.95)
     assert (found.verdict, found.lo) == ("inconclusive", None)
     assert "no share" in found.note
+
+
+def test_whole_numbers_that_happen_to_be_0_and_1_are_no_rate(tmp_path):
+    """A count that is 100 once in a hundred rows: fifty zeros do not show that its mean is small."""
+    zeros = write_columns(tmp_path / "r.parquet", {"events": [0] * 60, "ok": [False] * 60})
+    found = one(zeros, "avg(events) <= 0.07", confidence=0.95)
+    assert (found.verdict, found.lo, found.method) == ("inconclusive", None, None)
+    for sql in (
+        "avg(ok::INT)",
+        "avg(CASE WHEN ok THEN 1 ELSE 0 END)",
+        "avg((events > 0)::DOUBLE)",
+        "avg(ok::INT)::DOUBLE",
+    ):
+        found = one(zeros, f"{sql} <= 0.07", confidence=0.95)
+        assert (found.verdict, found.method) == ("pass", "Clopper-Pearson"), sql
+    mixed = write_columns(tmp_path / "m.parquet", {"ok": [True, None, False, True]})
+    found = one(mixed, "avg(ok::INT) < 1", confidence=0.95)
+    assert (found.observed, found.n) == (pytest.approx(2 / 3), 3)
+    assert one(mixed, "avg(CASE WHEN ok THEN 1 ELSE 0 END) < 1", confidence=0.95).n == 4
+
+
+def test_statistics_never_open_a_gate(tmp_path):
+    """What has no interval and does not hold as it stands fails, as it does without --confidence."""
+    report = write_columns(tmp_path / "r.parquet", {"zero": [0.0] * 9, "few": [0.0] * 8 + [9.0]})
+    for sql in ("avg(zero) > 0.9", "avg(few) > 5", "avg(zero) BETWEEN 1 AND 2"):
+        for confidence in (None, 0.95):
+            found = one(report, sql, confidence=confidence)
+            assert (found.verdict, found.lo) == ("fail", None), sql
+    assert one(report, "avg(zero) < 0.9", confidence=0.95).verdict == "inconclusive"
+    assert one(report, "avg(zero) > 0.9", where="few > 5", confidence=0.95).verdict == "fail"  # one value
+
+
+def test_a_cast_that_changes_the_figure_has_no_interval(report):
+    for sql in ("avg(loss)::INT <= 2", "(count_if(found)::BOOLEAN)::INT / count(*) <= 0.1"):
+        found = one(report, sql, confidence=0.95)
+        assert found.lo is None, sql
+        assert "judged by its value" in found.note or "no interval" in found.note
+    assert one(report, "avg(loss)::DOUBLE <= 9", confidence=0.95).lo is not None
+
+
+def test_text_is_compared_as_text(report):
+    found = one(report, "max(example_id) < 'e9z'")
+    assert (found.verdict, found.observed, found.limit) == ("pass", None, None)
+    assert one(report, "sum(loss)::VARCHAR < '9'").observed is None
+
+
+def test_a_limit_beyond_all_bounds(report):
+    assert one(report, "avg(loss) < 1e300", confidence=0.95).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "random() < 2", "avg(random()) < 0.5", "today() > DATE '2020-01-01'", "current_setting('threads') > '0'",
+        "(SELECT count(*) FROM report TABLESAMPLE 10%) > 0", "first(loss) < 9", "any_value(loss) < 9",
+        "sleep_ms(5) IS NULL",
+        "unnest([true, false])", "unnest([]::BOOLEAN[])", "bool_and(COLUMNS('loss|layer') > 0)",
+        "avg(COLUMNS('l.*r|loss')) < 5",
+    ],
+)  # fmt: skip
+def test_a_rule_gives_one_value_and_the_same_again(report, sql):
+    with pytest.raises(InputError, match=r"the same again|gives several values|is of any row"):
+        one(report, sql)
+    with pytest.raises(InputError):
+        one(report, "count(*) > 0", where=sql)
+
+
+def test_what_looks_alike_and_gives_the_same_again(report):
+    for sql in ("first(loss ORDER BY example_id) < 99", "(SELECT max(x) FROM (SELECT unnest([1, 2]) AS x)) = 2"):
+        assert one(report, sql).verdict == "pass", sql
+
+
+@pytest.mark.parametrize(
+    "sql", ["avg(loss) < 0" + " + 1" * 400, "NOT " * 600 + "true", "abs(" * 600 + "1" + ")" * 600 + " > 0"]
+)
+def test_a_rule_may_be_long_but_not_deep(report, sql):
+    try:
+        assert one(report, sql).verdict in ("pass", "fail")
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - either is right, a RecursionError is not
+
+
+def test_a_noise_floor_widens_the_mean_that_it_is_of(report):
+    rules = [Rule("avg(loss) < 9", confidence=0.95), Rule("avg(loss + 0) < 9", confidence=0.95)]
+    with opened({"report": report}) as session:
+        widened, other = judge(session, rules, "report", floors={"(loss)": 1.0})
+        plain = judge(session, rules, "report")[0]
+    assert (other.lo, other.hi) == (plain.lo, plain.hi)
+    assert widened.hi == pytest.approx(plain.observed + math.hypot(plain.hi - plain.observed, 1.0))
+
+
+def test_between_two_limits_both_must_be_told_apart():
+    def p_of(limit):
+        return {0.0: 0.2, 1.0: 0.001}[limit]
+
+    assert p_of_limits(p_of, [0.0, 1.0], 0.1) == 0.2
+    assert p_of_limits(p_of, [0.0, 1.0], 0.9) == 0.2  # the nearest is not enough
+    assert p_of_limits(p_of, [0.0, 1.0], 1.5) == 0.001
+    assert p_of_limits(p_of, [0.0, 1.0], -0.5) == 0.2
+    assert p_of_limits(p_of, [1.0], 9.0) == 0.001
+    assert p_of_limits(p_of, [], 9.0) is p_of_limits(p_of, [1.0], None) is None
 
 
 def test_infinite_values_have_no_interval(report):

@@ -75,7 +75,7 @@ def check(
         memory_limit=memory_limit,
         seed=seed,
     )
-    found = check_report.measure(report, settings, out=out, force=force)
+    found = check_report.measure(report, settings, out=out, force=force, own_process=True)
     return tell(found.outcome, format=format, as_json=as_json, quiet=quiet, show=show)
 
 
