@@ -44,6 +44,7 @@ class CheckRow:
     lo: float | None = column(pa.float64(), "lower end of its interval; null: it has none", nullable=True)
     hi: float | None = column(pa.float64(), "upper end", nullable=True)
     limit: float | None = column(pa.float64(), "what it is compared with; of BETWEEN the upper end", nullable=True)
+    least: float | None = column(pa.float64(), "the lower end of BETWEEN", nullable=True)
     comparison: str | None = column(
         pa.string(), "<, <=, >, >=, =, != or between; null: another expression", nullable=True
     )

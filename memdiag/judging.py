@@ -208,6 +208,7 @@ def _verdict(session: Session, one: _Asked, values: Sequence[Any], rows: int, so
         p=p,
         q=None,
         note=note,
+        least=numbers[0] if len(numbers) == 2 else None,
     )
 
 

@@ -163,6 +163,9 @@ def _check_target(target: Path, *, force: bool) -> None:
     """
     if target.is_dir():
         raise InputError(f"{target} is a directory; give a file name")
+    if str(target) == "-":
+        raise InputError("- is no name for a file; --markdown - prints the summary, and --html wants a file")
+    tables.check_regular(target, option="name")
     if force or not target.exists():
         return
     try:

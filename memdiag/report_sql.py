@@ -112,6 +112,8 @@ class Session:
         if not isinstance(error, _FAULTS_OF_SQL):  # a file may be damaged: says which, if one is
             for path in self._paths.values():
                 _check_whole(path)
+        if "expression depth" in text:
+            return InputError(f"{of} is too deeply nested; make it simpler")
         said = re.sub(r"^\w+( \w+)* Error: ", "", text.split("\nLINE ")[0].split("Candidate functions")[0])
         kind = "is no SQL" if isinstance(error, duckdb.ParserException) else "does not work"
         return InputError(f"{of} {kind}: {one_line(said, 200)}")

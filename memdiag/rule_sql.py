@@ -33,6 +33,7 @@ USUAL = frozenset(
     [*MEANS, *COUNTS_OF, "count", "count_star", "sum", "min", "max", "median", "quantile_cont", "quantile_disc"]
 ) | {"bool_and", "bool_or", "abs", "coalesce", "round", "stddev_samp", "isfinite", "isnan", "+", "-", "*", "/", "//"}
 ANY_ROW = ("first", "last", "any_value", "arbitrary")  # of which row depends on the order in which threads come
+TABLE_FUNCTIONS = ("range", "generate_series", "unnest")  # after FROM; others tell of the database and its files
 SEVERAL = ("unnest", "unlist", "generate_subscripts")
 
 
@@ -81,7 +82,7 @@ def parse(session: Session, text: str, *, of: str) -> Parsed:
     tree = _tree(session, text, of)
     write = _Writer(session, tree["whole"], of)
     expression = tree["expression"]
-    _check_repeatable(session, expression, of)
+    _check_allowed(session, expression, of)
     kind, type_ = expression.get("class"), expression.get("type")
     if kind == "COMPARISON" and type_ in COMPARISONS:
         left, right = expression["left"], expression["right"]
@@ -100,16 +101,17 @@ def parse(session: Session, text: str, *, of: str) -> Parsed:
 def expression(session: Session, text: str, *, of: str) -> str:
     """One SQL expression, written again from its tree; errors as `parse`."""
     tree = _tree(session, text, of)
-    _check_repeatable(session, tree["expression"], of)
+    _check_allowed(session, tree["expression"], of)
     return _Writer(session, tree["whole"], of)(tree["expression"])
 
 
 def _tree(session: Session, text: str, of: str) -> dict[str, Any]:
-    """The tree of `SELECT (text)` and of the expression in it.
+    """The tree of `SELECT text` and of the expression in it.
 
-    The text stands alone here: one that closes the bracket, adds a clause or a statement shows as such in the tree.
+    The text stands alone here: one that closes a bracket is no SQL, and one that adds a clause or a statement shows as
+    such in the tree.
     """
-    written = session.rows("SELECT json_serialize_sql(?)", [f"SELECT (\n{text}\n)"], of=of)[0][0]
+    written = session.rows("SELECT json_serialize_sql(?)", [f"SELECT\n{text}\n"], of=of)[0][0]
     try:
         found = json.loads(written)
     except RecursionError:
@@ -125,6 +127,7 @@ def _tree(session: Session, text: str, of: str) -> dict[str, Any]:
         and node["from_table"].get("type") == "EMPTY"
         and not any(node.get(extra) for extra in extras)
         and not node["cte_map"]["map"]
+        and not node["select_list"][0].get("alias")
     )
     if not alone or not text.strip():
         raise InputError(f"{of} must be one SQL expression, such as avg(mbe) < 1.2, and no statement")
@@ -154,13 +157,25 @@ def _too_deep(of: str) -> InputError:
     return InputError(f"{of} is too deeply nested; make it simpler")
 
 
-def _check_repeatable(session: Session, expression: Mapping[str, Any], of: str) -> None:
-    """Refuse what does not give one value, and the same again.
+def _check_allowed(session: Session, expression: Mapping[str, Any], of: str) -> None:
+    """Refuse what is about more than the report, or does not give one value, and the same again.
 
     Raises:
-        InputError: it is random, depends on the time or on the order of rows, or gives several values.
+        InputError: it reads another table, is random, depends on the time or on the order of rows, or gives several
+            values.
     """
     nodes = list(_nodes(expression))
+    called = {str(entry["key"]) for node in nodes for entry in (node.get("cte_map") or {}).get("map", [])}
+    for node in nodes:
+        of_table = node.get("type") == "BASE_TABLE" and (
+            node.get("schema_name") or node.get("table_name") not in {*session.columns, *called}
+        )
+        function = (node.get("function") or {}).get("function_name") if node.get("type") == "TABLE_FUNCTION" else None
+        if of_table or (function is not None and function not in TABLE_FUNCTIONS):
+            what = function or node.get("table_name")
+            raise InputError(
+                f"{of} wants more than the report: SQL here reaches no files, extensions or settings ({what})"
+            )
     names = {str(node.get("function_name")): node for node in nodes if node.get("class") == "FUNCTION"}
     asked = sorted(set(names) - USUAL)
     volatile = "SELECT function_name FROM duckdb_functions() WHERE stability <> 'CONSISTENT' "

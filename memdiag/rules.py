@@ -14,6 +14,7 @@ from memdiag.errors import InputError, one_line, unknown
 
 _NAMED = re.compile(r"\s*(?P<name>\w[\w .+-]*?):\s+(?P<sql>\S.*)", re.DOTALL)
 _CHANGE = re.compile(r"(?P<sign>\+/-|\+-|±|\+|-)\s*(?P<amount>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
+_LONGEST = 1_000_000  # bytes of a file of rules
 _MOST = 1000  # rules of one run
 KEYS = ("name", "sql", "where", "confidence")
 CHANGE_KEYS = ("name", "sql", "column", "allow")
@@ -115,7 +116,13 @@ def changes_in(path: Path) -> list[Rule | Change]:
 
 def _opened(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"--rules {path} is no regular file; give a TOML file")
+        with open(path, "rb") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise InputError(f"--rules {path} is longer than {_LONGEST:,} bytes; give a shorter file")
+        found = tomllib.loads(text.decode())
     except OSError as error:
         raise InputError(f"--rules {path}: {error.strerror or one_line(error)}; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -194,10 +201,21 @@ def gathered_changes(texts: Sequence[str], file: Path | None) -> tuple[Rule | Ch
     found: list[Rule | Change] = []
     for text in texts:
         rule = rule_of(text)
-        found.append((rule.name and change_of(rule.name, rule.sql)) or rule)
+        change = change_of(rule.name, rule.sql) if rule.name else None
+        if rule.name and change is None and _is_number(rule.sql):
+            raise InputError(f"rule {text!r} does not say which way; give {rule.name}: +0.01, -0.01 or ±0.01")
+        found.append(change or rule)
     found += changes_in(file) if file is not None else []
     _check_names(found)
     return tuple(found)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.rstrip("%"))
+    except ValueError:
+        return False
+    return True
 
 
 def _check_names(rules: Sequence[Rule | Change]) -> None:

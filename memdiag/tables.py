@@ -229,16 +229,49 @@ def replacing(path: Path, *, option: str = "--out") -> Iterator[BinaryIO]:
         InputError: the place cannot be written to.
     """
     partial = path.with_name(f".{path.name}.partial")
+    check_regular(path, option=option)
     with _explaining(path, option):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path.parent) from None
+        file = _made(partial, path)
+        try:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # a power cut must not leave an empty file under the final name
-            os.replace(partial, path)
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def check_regular(path: Path, *, option: str = "--out") -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket.
+
+    Raises:
+        InputError: one stands there.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is no regular file; choose another {option}")
+
+
+def _made(partial: Path, path: Path) -> BinaryIO:
+    """A new file that nobody else writes. What a killed process has left there goes; a link is not followed.
+
+    Raises:
+        InputError: another process is writing it.
+    """
+    while True:
+        with suppress(FileExistsError):
+            file = open(partial, "xb")  # noqa: SIM115 - closed by who asked; "x" follows no link
+            _lock_nowait(file)
+            return file
+        if partial.is_file() and not partial.is_symlink():
+            with suppress(FileNotFoundError), open(partial, "rb") as old:
+                if not _lock_nowait(old):
+                    raise InputError(f"another process is writing {path}; wait for it, or choose another place")
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -329,6 +362,7 @@ def check_place(path: Path, identity: Callable[[], Mapping[str, Any]], *, force:
             raise InputError(f"{path} is a directory; give a file name to --out")
         if not str(path).isprintable():
             raise InputError(f"--out {str(path)!r}: the name has letters that cannot be printed; choose another --out")
+        check_regular(path)
         if force or not path.exists():
             return False
     try:
@@ -486,7 +520,7 @@ def remove_leftovers(out: Path, identity: Mapping[str, Any]) -> None:
             Parts(out, identity, force=False).remove()
 
 
-def _lock_nowait(file: IO[str]) -> bool:
+def _lock_nowait(file: IO[Any]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

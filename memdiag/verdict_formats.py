@@ -187,7 +187,7 @@ def _rule(verdict: Verdict) -> dict[str, Any]:
     """Every field; figures rounded, so that the last bit of a float changes no file, but never onto the limit."""
     digits = digits_of(verdict)
     fields = dataclasses.asdict(verdict)
-    for name in ("observed", "lo", "hi", "limit", "confidence", "p", "q"):
+    for name in ("observed", "lo", "hi", "limit", "least", "confidence", "p", "q"):
         fields[name] = _rounded(fields[name], digits)
     return fields
 
@@ -264,8 +264,10 @@ def to_junit(outcome: Outcome) -> str:
 
 
 def _xml(text: str) -> str:
-    """Characters that XML 1.0 cannot hold as escapes like `\\x1b`."""
-    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", lambda found: escape(found[0]), text)
+    """Characters that XML 1.0 cannot hold, and those that turn text around, as escapes like `\\x1b`."""
+    turning = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+    kept = f"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[{turning}]"
+    return re.sub(kept, lambda found: escape(found[0]), text)
 
 
 # -- GitHub --------------------------------------------------------------------------------------------------------

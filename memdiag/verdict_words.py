@@ -39,9 +39,10 @@ def interval(verdict: Verdict) -> str:
 
 
 def limit(verdict: Verdict) -> str:
-    """As `< 1.2`; "" for a rule that compares with no constant, and `between`, whose two limits the rule says."""
+    """As `< 1.2`; "" for a rule that compares with no constant, and `0.5 to 1.2` for two limits."""
     if verdict.comparison == "between":
-        return "between"
+        digits = digits_of(verdict)
+        return f"{number(verdict.least, digits)} to {number(verdict.limit, digits)}"
     known = "" if verdict.limit is None else number(verdict.limit, digits_of(verdict))
     return " ".join(part for part in (verdict.comparison, known) if part)
 

@@ -26,6 +26,7 @@ class Verdict:
     p: float | None  # diff only: two-sided p that the difference is the limit
     q: float | None  # diff only: p after Benjamini-Hochberg over the rules
     note: str | None  # one line: why undefined, why inconclusive
+    least: float | None = None  # the lower limit, where there are two
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from memdiag.errors import InputError
@@ -84,6 +86,11 @@ def test_a_file_that_cannot_be_read(tmp_path):
         rules_in(tmp_path / "none.toml")
     with pytest.raises(InputError, match="Is a directory"):
         rules_in(tmp_path)
+    with pytest.raises(InputError, match="/dev/zero is no regular file; give a TOML file"):
+        rules_in(Path("/dev/zero"))
+    (tmp_path / "long.toml").write_text("#" * 1_000_001)
+    with pytest.raises(InputError, match="is longer than 1,000,000 bytes"):
+        rules_in(tmp_path / "long.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is no TOML"):
         rules_in(tmp_path / "binary.toml")
@@ -127,10 +134,18 @@ def test_how_far_a_column_may_move(text, least, most, written):
     assert gathered_changes([written], None) == (change,)
 
 
-@pytest.mark.parametrize("text", ["memorization: 0.01", "memorization: +1%", "memorization: +1e999", "a: +x", "+0.01"])
+@pytest.mark.parametrize("text", ["a: +x", "+0.01", "a: avg(x) < 1", "avg(x) < 1"])
 def test_all_else_is_sql(text):
     (rule,) = gathered_changes([text], None)
     assert isinstance(rule, Rule)
+
+
+@pytest.mark.parametrize(
+    "text", ["memorization: 0.01", "memorization: +1%", "memorization: +1e999", "memorization: +nan"]
+)
+def test_a_number_alone_does_not_say_which_way(text):
+    with pytest.raises(InputError, match=r"does not say which way; give memorization: \+0.01, -0.01 or ±0.01"):
+        gathered_changes([text], None)
 
 
 def test_a_file_of_changes(tmp_path):

@@ -160,6 +160,43 @@ def test_a_writer_stopped_midway_leaves_the_old_file_and_nothing_else(tmp_path, 
     assert os.listdir(tmp_path) == ["w.parquet"]
 
 
+def test_a_device_or_pipe_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (
+        lambda: tables.write(pipe, Row, [], META),
+        lambda: tables.check_place(pipe, dict, force=True),
+        lambda: tables.check_place(pipe, dict, force=False),
+    ):
+        with pytest.raises(InputError, match="pipe is no regular file; choose another --out"):
+            write()
+    assert pipe.is_fifo()
+
+
+def test_a_link_that_waits_for_the_partial_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / ".w.parquet.partial").symlink_to(victim)
+    tables.write(tmp_path / "w.parquet", Row, [], META)
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "w.parquet").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["victim", "w.parquet"]
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    path = tmp_path / "w.parquet"
+    with tables.replacing(path) as first:
+        first.write(b"half")
+        first.flush()
+        with pytest.raises(InputError, match="another process is writing"):
+            tables.write(path, Row, [], META)
+        first.write(b" and whole")
+    assert path.read_bytes() == b"half and whole"
+    (tmp_path / ".w.parquet.partial").write_bytes(b"left by a killed process")
+    tables.write(path, Row, [], META)
+    assert os.listdir(tmp_path) == ["w.parquet"]
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"w\.parquet cannot be written \(Not a directory\)") as caught:

@@ -153,9 +153,10 @@ def junit_suite(text: str) -> junitparser.TestSuite:
 
 
 def in_xml(name: str) -> str:
-    """A name with what XML 1.0 cannot hold as escapes."""
+    """A name with what XML 1.0 cannot hold, and what turns text around, as escapes."""
     held = [0x9, 0xA, 0xD, *range(0x20, 0xD800), *range(0xE000, 0xFFFE)]
-    known = set(held)
+    turning = [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    known = set(held) - set(turning)
     kept = (c if ord(c) in known or ord(c) >= 0x10000 else c.encode("unicode_escape").decode() for c in name)
     return "".join(kept)
 
