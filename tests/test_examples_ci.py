@@ -164,6 +164,16 @@ def test_a_checkpoint_is_measured_first(repository: Path, fixtures: Path) -> Non
     assert bash(repository, f"ci/gate.sh '{fixtures}/broken/no-weights'").returncode == 2
 
 
+def test_what_an_earlier_run_left_does_not_pass_for_this_one(repository: Path) -> None:
+    assert bash(repository, "ci/gate.sh new.parquet base.parquet").returncode == 0
+    gate = repository / "memdiag-gate"
+    assert (gate / "diff.xml").exists()
+    (repository / "ci" / "rules.toml").write_text("[[rule]]\nsql = 'nothing'\n", encoding="utf-8")
+    assert bash(repository, "ci/gate.sh new.parquet base.parquet").returncode == 2
+    left = {path.name for path in gate.iterdir()}
+    assert not left & {"check.xml", "check.md", "check.parquet", "diff.xml", "diff", "report.html"}, left
+
+
 def test_a_page_that_fails_does_not_change_the_verdict(repository: Path) -> None:
     (repository / "memdiag-gate" / "report.html").mkdir(parents=True)
     found = bash(repository, "ci/gate.sh new.parquet")
@@ -210,7 +220,7 @@ def test_the_github_job_gates(repository: Path) -> None:
     steps = job("github-actions.yml")["steps"]
     assert [step["name"] for step in steps] == ["checkout", "setup", "install", "gate", "page"]
     assert [step["name"] for step in steps if "run" in step] == ["install", "gate"]
-    assert steps[2]["run"] == "pip install memdiag"
+    assert steps[2]["run"] == "pip install -c memdiag/constraints.txt ./memdiag"
     (gate,) = (step["run"] for step in steps if "run" in step and step["name"] != "install")
     assert bash(repository, gate, GITHUB_ACTIONS="true").returncode == 0
     (repository / "ci" / "rules.toml").write_text(BROKEN, encoding="utf-8")
@@ -228,7 +238,7 @@ def test_the_github_workflow_asks_for_few_rights() -> None:
 @pytest.mark.slow
 def test_the_gitlab_job_fails_and_shows_why(repository: Path) -> None:
     found = job("gitlab-ci.yml")
-    assert [line.split()[:3] for line in found["before_script"]] == [["pip", "install", "memdiag"]]
+    assert found["before_script"] == ["pip install -c memdiag/constraints.txt ./memdiag"]
     script = "\n".join(found["script"])
     (repository / "ci" / "rules.toml").write_text(BROKEN, encoding="utf-8")
     assert bash(repository, script, GITLAB_CI="true").returncode == 1

@@ -24,6 +24,9 @@ if [ $# -lt 1 ] || [ $# -gt 2 ]; then
   exit 2
 fi
 mkdir -p "$OUT"
+# what an earlier run left must not pass for what this one found
+rm -rf "$OUT"/{check,diff}.{xml,json,md} "$OUT"/{check,new,base}.parquet "$OUT/diff"
+rm -f "$OUT/report.html" || true
 
 # report_of THING NAME: the path of its report; a checkpoint is measured into $OUT/NAME.parquet.
 # Every option of memdiag score is an environment variable as well, e.g. MEMDIAG_SCORE_PREFIX_TOKENS=50.

@@ -7,19 +7,19 @@ Exit codes: 0 done; 1 a check failed; 2 the input is at fault; 3 incomplete, run
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 import memdiag
-from memdiag.cli import counterfactual, measure, reports, reproduce, score, train, verdicts
 from memdiag.cli.options import option
 from memdiag.errors import IncompleteError, InputError, one_line
 
@@ -30,7 +30,23 @@ _TYPER: dict[str, Any] = {
     "rich_markup_mode": None,  # plain help: half the start-up time, and it reads well in a pipe
     "context_settings": {"auto_envvar_prefix": "MEMDIAG", "help_option_names": ["-h", "--help"]},
 }
-app = typer.Typer(**_TYPER)
+# name -> where it is, what it is for. Only the file of the command that is called is imported: all of them, and making
+# their options, would take as long as `check` itself.
+COMMANDS = {
+    "entropy": ("measure:entropy", "How compressed are the hidden states, layer by layer?"),
+    "score": ("score:score", "Which examples were memorized?"),
+    "counterfactual": ("counterfactual:counterfactual", "What would the model do without this example?"),
+    "prune-memorizers": ("measure:prune_memorizers", "Which neurons memorize, and what if they go?"),
+    "train": ("train:train", "Train a small model, with the trajectory of every example."),
+    "train-gapt": ("train:train_gapt", "Train a language model that memorizes and compresses in turns."),
+    "reproduce": ("reproduce:reproduce", "Does the paper hold here?"),
+    "import": ("score:import_", "Bring a foreign score into a score report."),
+    "check": ("verdicts:check", "Does a report keep the rules? For CI."),
+    "diff": ("verdicts:diff", "What changed from one report to another? For CI."),
+    "report": ("reports:report", "Show reports to people: one page, or Markdown."),
+    "schema": ("reports:schema", "What is in a report: columns, types, units."),
+    "rerun": ("reports:rerun", "Repeat the run that made a report."),
+}
 
 
 def _print_version(value: bool) -> None:
@@ -39,7 +55,6 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def main(
     version: Annotated[
         bool, option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -54,19 +69,23 @@ def main(
     """
 
 
-app.command("entropy", short_help="How compressed are the hidden states, layer by layer?")(measure.entropy)
-app.command("score", short_help="Which examples were memorized?")(score.score)
-app.command("counterfactual", short_help="What would the model do without this example?")(counterfactual.counterfactual)
-app.command("prune-memorizers", short_help="Which neurons memorize, and what if they go?")(measure.prune_memorizers)
-app.command("train", short_help="Train a small model, with the trajectory of every example.")(train.train)
-app.command("train-gapt", short_help="Train a language model that memorizes and compresses in turns.")(train.train_gapt)
-app.command("reproduce", short_help="Does the paper hold here?")(reproduce.reproduce)
-app.command("import", short_help="Bring a foreign score into a score report.")(score.import_)
-app.command("check", short_help="Does a report keep the rules? For CI.")(verdicts.check)
-app.command("diff", short_help="What changed from one report to another? For CI.")(verdicts.diff)
-app.command("report", short_help="Show reports to people: one page, or Markdown.")(reports.report)
-app.command("schema", short_help="What is in a report: columns, types, units.")(reports.schema)
-app.command("rerun", short_help="Repeat the run that made a report.")(reports.rerun)
+def _app_of(names: Iterable[str]) -> typer.Typer:
+    """The command line with these commands."""
+    made = typer.Typer(**_TYPER)
+    made.callback()(main)
+    for name in names:
+        where, about = COMMANDS[name]
+        module, _, function = where.partition(":")
+        made.command(name, short_help=about)(getattr(importlib.import_module(f"memdiag.cli.{module}"), function))
+    return made
+
+
+def __getattr__(name: str) -> typer.Typer:
+    """`app`, the whole command line, made when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module 'memdiag.cli' has no attribute {name!r}")
+    globals()["app"] = made = _app_of(COMMANDS)
+    return made
 
 
 def run(args: Sequence[str] | None = None) -> NoReturn:
@@ -76,7 +95,8 @@ def run(args: Sequence[str] | None = None) -> NoReturn:
     _open_streams()
     try:
         given = list(args or sys.argv[1:] or ["--help"])
-        code = _command_of(given)(args=given, standalone_mode=False) or 0
+        called = _app_of([given[0]] if given[0] in COMMANDS else COMMANDS)
+        code = typer.main.get_command(called)(args=given, standalone_mode=False) or 0
         _flush_stdout()
     except SystemExit as error:
         code = 0 if error.code == 1 else error.code  # 1 is how typer and rich end when nobody reads stdout (`| head`)
@@ -87,17 +107,6 @@ def run(args: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
-
-
-def _command_of(args: Sequence[str]) -> Any:
-    """The whole command line, or with only the one command that is called: making all of them takes 30 ms."""
-    called = [command for command in app.registered_commands if command.name == args[0]]
-    if not called:
-        return typer.main.get_command(app)
-    lean = typer.Typer(**_TYPER)
-    lean.callback()(main)
-    lean.registered_commands = called
-    return typer.main.get_command(lean)
 
 
 def _open_streams() -> None:

@@ -74,8 +74,10 @@ def report(
         str | None, o.option(metavar="FILE|-", help="The summary for a pull request; - prints it.")
     ] = None,
     title: Annotated[str | None, o.option(help="Of the page. Default: the directory's or the report's name.")] = None,
-    force: o.Force = False,
-    as_json: o.AsJson = False,
+    force: Annotated[bool, o.option("--force", help="Replace a file that is no page of memdiag.")] = False,
+    as_json: Annotated[
+        bool, o.option("--json", help="Print one JSON object: what was written, of which reports.")
+    ] = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Show reports to people: one self-contained page with figures, plots and how to reproduce them; or Markdown.

@@ -29,6 +29,9 @@ AllowPartial = Annotated[
 ]
 AnyVersion = Annotated[bool, o.option("--any-version", help="Also a report of another schema_version (else exit 2).")]
 TimeLimit = Annotated[float, o.option(help="Seconds that one rule may take.")]
+Force = Annotated[bool, o.option("--force", help="Replace what stands at --out, whatever it is.")]
+AsJson = Annotated[bool, o.option("--json", help="The same as --format json.")]
+Quiet = Annotated[bool, o.option("--quiet", "-q", help="No notes on stderr; and stdout is the path, but for --format.")]
 MemoryLimit = Annotated[str, o.option(help="Memory that rules may take; beyond it temporary files.")]
 
 
@@ -48,9 +51,9 @@ def check(
     time_limit: TimeLimit = 60.0,
     memory_limit: MemoryLimit = "4GB",
     seed: o.Seed = 0,
-    force: o.Force = False,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     show: o.Show = False,
 ) -> int:
     """Does a report keep the rules? Exit 0 if all pass, 1 if one fails; for CI.
@@ -150,9 +153,9 @@ def diff(
     time_limit: TimeLimit = 60.0,
     memory_limit: MemoryLimit = "4GB",
     seed: o.Seed = 0,
-    force: o.Force = False,
-    as_json: o.AsJson = False,
-    quiet: o.Quiet = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     show: o.Show = False,
 ) -> int:
     """What changed from one report to another? Rows are paired by the report's key. Exit 1 if a rule fails; for CI.
@@ -179,5 +182,5 @@ def diff(
         memory_limit=memory_limit,
         seed=seed,
     )
-    found = diff_report.measure(base, new, settings, out=out, force=force)
+    found = diff_report.measure(base, new, settings, out=out, force=force, own_process=True)
     return tell(found.outcome, format=format, as_json=as_json, quiet=quiet, show=show)
