@@ -259,15 +259,8 @@ def _interval(
             found = mean_interval(x, confidence, seed=how.seed)
             p_of = partial(p_value, x, floor=floor, seed=how.seed)
         found = widened(found, floor, confidence) if floor else found
-    if found.value is not None and not _same(found.value, observed.value):
-        note = "what it compares is not the mean or rate that it is made of: no interval"
-        return dataclasses.replace(observed, note=note), None
     p = p_of_limits(p_of, limits, observed.value) if how.with_p else None
     return dataclasses.replace(found, value=observed.value), p
-
-
-def _same(one: float, other: float | None) -> bool:
-    return other is not None and abs(one - other) <= 1e-6 * max(abs(one), abs(other)) + 1e-12
 
 
 def p_of_limits(
