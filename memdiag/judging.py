@@ -122,10 +122,10 @@ def _ask(session: Session, rule: Rule, source: str) -> _Asked:
         (kind,) = session.types(f"SELECT {truth} FROM {source}", of=of)
         if kind == "BOOLEAN":
             statistic = Rate(f"({statistic.values} = 1)", f"({statistic.among} AND {statistic.values} IS NOT NULL)")
-    return _Asked(rule, parsed, statistic, (*columns, *_columns(statistic, parsed)))
+    return _Asked(rule, parsed, statistic, (*columns, *_columns(statistic)))
 
 
-def _columns(statistic: Mean | Rate | None, parsed: Parsed) -> list[str]:
+def _columns(statistic: Mean | Rate | None) -> list[str]:
     """What must be known of the rows for the interval of a statistic."""
     if isinstance(statistic, Rate):
         return [
@@ -136,14 +136,11 @@ def _columns(statistic: Mean | Rate | None, parsed: Parsed) -> list[str]:
     if isinstance(statistic, Mean):
         value, only = f"CAST({statistic.values} AS DOUBLE)", f"FILTER (WHERE {statistic.among})"
         finite = f"CASE WHEN isfinite({value}) THEN {value} END"
-        # from the limit on, so that the third power does not lose its digits far from 0
-        limit = f"TRY_CAST({parsed.limits[0]} AS DOUBLE)"
-        shift = f"CASE WHEN abs({limit}) < 1e15 THEN {limit} ELSE 0 END"
         return [
             f"count({value}) {only}",
             f"avg({finite}) {only}",
             f"stddev_samp({finite}) {only}",
-            f"skewness({finite} - {shift}) {only}",
+            f"skewness({finite}) {only}",
             f"count(*) FILTER (WHERE {statistic.among} AND NOT isfinite({value}))",
         ]
     return []
