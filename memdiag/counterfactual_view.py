@@ -245,7 +245,7 @@ def edges_of(lowest: float) -> NDArray[np.float64]:
 
 
 def draw_counts(axis: Any, edges: NDArray[np.float64], groups: Sequence[NDArray[np.int64]]) -> None:
-    """Examples in each bin on a log scale; of a second group, the suspects.
+    """Examples in each bin on a log scale; of two groups the others, and before them the suspects.
 
     Args:
         axis: to draw on.
@@ -254,10 +254,17 @@ def draw_counts(axis: Any, edges: NDArray[np.float64], groups: Sequence[NDArray[
     """
     from matplotlib.ticker import NullFormatter
 
-    middles = [(edges[:-1] + edges[1:]) / 2] * len(groups)
-    names, some = ["examples", "suspect"][: len(groups)], any(group.any() for group in groups)
-    # side by side and not stacked: on a log scale the upper part of a stack has no meaning
-    axis.hist(middles, bins=edges.tolist(), weights=groups, color=["C0", "C1"][: len(groups)], label=names, log=some)
+    middles = (edges[:-1] + edges[1:]) / 2
+    names = ["others", "suspects"] if len(groups) > 1 else ["examples"]
+    some = any(group.any() for group in groups)
+    # over each other and not stacked: on a log scale the upper part of a stack has no meaning; the outline shows where
+    # one lies behind the other
+    for group, name, colour in zip(groups, names, ("C0", "C1")):
+        for kind, alpha, label in (("stepfilled", 0.45, name), ("step", 1.0, None)):
+            axis.hist(
+                middles, bins=edges.tolist(), weights=group, color=colour, histtype=kind, alpha=alpha, label=label,
+                log=some, linewidth=0.0 if label else 1.2,
+            )  # fmt: skip
     if some:
         axis.set_ylim(bottom=0.5)  # so that a single example is a bar
         axis.yaxis.set_major_formatter("{x:,.0f}")
@@ -278,7 +285,7 @@ def draw_in_out(
     """Examples by how often models with and without them are right; all are (n,)."""
     # many examples lie on the same few rates: a little noise shows how many
     jitter = np.random.default_rng(0).normal(0, 0.006, size=(2, len(p_in)))
-    for chosen, colour, label in ((~suspect, "C0", "examples"), (suspect, "C1", "suspect")):
+    for chosen, colour, label in ((~suspect, "C0", "others"), (suspect, "C1", "suspects")):
         if chosen.any():
             axis.plot(
                 (p_out + jitter[0])[chosen], (p_in + jitter[1])[chosen], ".", color=colour, markersize=3, alpha=0.4,

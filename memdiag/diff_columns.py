@@ -35,6 +35,7 @@ NUMBERING = frozenset({"row", "step"})  # says where a row stands, not what it h
 NAMES = frozenset({"label", "true_label", "seed", "model", "group", "content", "draw"})
 SE_OF = {"memorization": "se", "influence": "se", "memorization_soft": "se_soft"}  # those not called NAME_se
 NOISE_CONFIDENCE = 0.95
+TOGETHER = 20  # columns of one query: the time to plan it grows with their square
 DIGITS = 9  # of figures: sums taken in another order by more threads differ beyond them
 _SHIFTED = 10  # standard deviations that differences are off 0 when sums of powers lose too many digits
 _MIXED = "mixed"  # OTHER of two types, compared as text
@@ -62,7 +63,7 @@ class Column:
     beyond_noise: int | None = None
     noise_floor: float | None = None
     one_sided: int = 0  # pairs with a value on one side and a null on the other
-    odd: int = 0  # pairs with NaN or an infinity on a side
+    odd: int = 0  # pairs with values on both sides of which one is NaN or infinite, or their difference is
     values: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)  # (n,) differences, if few
     resampled: Callable[[float], Interval] | None = field(default=None, repr=False, compare=False)  # of `values`
 
@@ -149,7 +150,7 @@ def compared(
     top: int = 10,
     seed: int = 0,
 ) -> Compared:
-    """The columns of two reports, over the pairs of their rows. One pass over both, for any number of rows.
+    """The columns of two reports, over the pairs of their rows. One pass over these for `TOGETHER` columns.
 
     Args:
         session: with the views `base` and `new`.
@@ -169,8 +170,12 @@ def compared(
     kinds = {name: _kind(name, base.field(name).type, new.field(name).type) for name in rest if name not in unlike}
 
     sides = [_count(f'b."{HERE}" AND n."{HERE}"'), _count(f'b."{HERE}" IS NULL'), _count(f'n."{HERE}" IS NULL')]
-    asked = [sql for name in kinds for sql in _aggregates(name, kinds, pairing, top, guarded=False)]
-    figures = iter(session.rows(f"SELECT {', '.join((*sides, *asked))} FROM {pairing.joined}", of=_ABOUT)[0])
+    asked = [_aggregates(name, kinds, pairing, top, guarded=False) for name in kinds]
+    told: list[Any] = []
+    for start in range(0, max(len(asked), 1), TOGETHER):
+        part = [*(sides if start == 0 else ()), *(sql for of in asked[start : start + TOGETHER] for sql in of)]
+        told += session.rows(f"SELECT {', '.join(part)} FROM {pairing.joined}", of=_ABOUT)[0]
+    figures = iter(told)
     paired, added, removed = (int(next(figures)) for _ in range(3))
     if not paired and pairing.base_rows and pairing.new_rows:
         raise InputError(
@@ -239,8 +244,7 @@ def _aggregates(name: str, kinds: Mapping[str, str], pairing: Pairing, top: int,
     asked += [_count(f"{is_paired}(b.{c} IS NULL) <> (n.{c} IS NULL)")]
     if kinds[name] in (OTHER, _MIXED):
         return asked
-    b, n = (f"isfinite(CAST({side}.{c} AS DOUBLE))" for side in "bn")
-    asked += [_count(f"{is_paired}NOT ({b} AND {n})") if kinds[name] == NUMBER else "0"]
+    asked += [_count(f"NOT isfinite({d})") if kinds[name] == NUMBER else "0"]
     asked += [f"count({d})", f"sum(CASE WHEN ({d}) IS NOT NULL THEN CAST(b.{c} AS DOUBLE) END)"]
     asked += [f"sum({d})", f"sum({d} * {d})", f"sum({d} * {d} * {d})", f"min({d})", f"max({d})"]
     asked += [f"max(abs({d}), {top})" if top > 0 else "NULL"]
@@ -291,7 +295,7 @@ def _finite(session: Session, pairing: Pairing, column: Column, kinds: Mapping[s
         return column
     asked = ", ".join(_aggregates(column.name, kinds, pairing, top, guarded=True))
     figures = session.rows(f"SELECT {asked} FROM {pairing.joined}", of=_ABOUT)[0]
-    return _filled(column.name, kinds, column.unit, iter(figures), guarded=True)
+    return replace(_filled(column.name, kinds, column.unit, iter(figures), guarded=True), odd=column.odd)
 
 
 def _to_digits(value: float | None, scale: float) -> float | None:
@@ -315,7 +319,6 @@ def _steady(column: Column) -> Column:
         difference=_to_digits(column.difference, error),
         std=_to_digits(column.std, 0.0),
         skewness=_to_digits(column.skewness, 1.0),
-        noise_floor=_to_digits(column.noise_floor, 0.0),
     )
 
 

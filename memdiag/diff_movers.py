@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memdiag.diff_columns import Column, Compared, beyond_noise, error_of
+from memdiag.diff_columns import TOGETHER, Column, Compared, beyond_noise, error_of
 from memdiag.pairing import HERE, Pairing, key_text, quoted
 from memdiag.report_sql import Session
 
@@ -49,8 +49,11 @@ def _largest(
         wanted.append(f"abs({d}) >= {column.reach!r} AND {d} <> 0")
         by = f"struct_pack(far := -abs({d}), {key})"
         asked.append(f"arg_min(struct_pack({values}, {key}), {by}, {found.top}) FILTER (WHERE {wanted[-1]})")
-    where = " OR ".join(f"({one})" for one in wanted)
-    listed = session.rows(f"SELECT {', '.join(asked)} FROM {pairing.joined} WHERE {where}", of=_ABOUT)[0]
+    listed: list[Any] = []
+    for start in range(0, len(asked), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        where = " OR ".join(f"({one})" for one in wanted[part])
+        listed += session.rows(f"SELECT {', '.join(asked[part])} FROM {pairing.joined} WHERE {where}", of=_ABOUT)[0]
     return [rows or [] for rows in listed]
 
 

@@ -121,11 +121,13 @@ def diff(
     return measure(Path(base), Path(new), settings, out=Path(out) if out else None, force=force)
 
 
-def measure(base: Path, new: Path, options: DiffOptions, *, out: Path | None, force: bool = False) -> Diffed:
-    """`diff` with its options as one value."""
+def measure(
+    base: Path, new: Path, options: DiffOptions, *, out: Path | None, force: bool = False, own_process: bool = False
+) -> Diffed:
+    """`diff` with its options as one value; `own_process` as of `report_sql.opened`."""
     from memdiag import diff_run
 
-    return diff_run.run(base, new, options, out, force=force)
+    return diff_run.run(base, new, options, out, force=force, own_process=own_process)
 
 
 def options_of(found: tables.Report) -> tuple[Path, Path, DiffOptions]:

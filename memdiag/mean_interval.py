@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -218,11 +219,47 @@ def _hall_ends(y: float, a: float) -> tuple[float, float]:
 
 
 def _student(df: int, alpha: float) -> float:
-    """Student's t with a probability of alpha beyond it, both sides together."""
-    from scipy import special
+    """Student's t with a probability of alpha beyond it, both sides together; 1e150 if that is beyond it."""
+    if df >= MOST_RESAMPLED or alpha >= TAIL:
+        from scipy import special  # which takes as long to import as to resample ten columns
 
-    y = -float(special.stdtrit(df, alpha / 2))
-    return y if y < 1e150 else 1e150  # NaN too: of one degree of freedom at alpha 1e-300 it is no number to square
+        return min(-float(special.stdtrit(df, alpha / 2)), 1e150)
+    # Newton's steps in log t; the log of the probability is concave in it, so that they cannot go astray
+    log_t = math.log(-NormalDist().inv_cdf(alpha / 2))
+    for _ in range(100):
+        if log_t > 150 * math.log(10):
+            return 1e150
+        log_p, slope = _log_beyond(df, math.exp(log_t))
+        step = (log_p - math.log(alpha)) / slope
+        log_t += step
+        if abs(step) < 1e-14:
+            break
+    return math.exp(log_t)
+
+
+def _log_beyond(df: int, t: float) -> tuple[float, float]:
+    """Log of P(|T| > t), the incomplete beta function I_x(df / 2, 1 / 2) at x = df / (df + t²); and -1 times its slope.
+
+    The slope is that in log t.
+
+    By its continued fraction (Lentz's way, as in Numerical Recipes), which converges where t is beyond 1 or so.
+    """
+    a, x = df / 2, df / (df + t * t)
+    fraction, c, d = 1.0, 1.0, 0.0
+    for i in range(1, 10_000):
+        m = i // 2
+        if i % 2:
+            term = -(a + m) * (a + 0.5 + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        else:
+            term = m * (0.5 - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        d = 1 / (1 + term * d)
+        c = 1 + term / c
+        fraction /= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    log_front = math.lgamma(a + 0.5) - math.lgamma(a) - math.lgamma(0.5)
+    log_front += -a * math.log1p(t * t / df) - 0.5 * math.log1p(df / (t * t))
+    return log_front + math.log(fraction / a), 2 * a / fraction
 
 
 def _hall_inverse(y: float, a: float) -> float | None:

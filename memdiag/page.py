@@ -21,6 +21,8 @@ LIMIT = 2_000_000  # bytes of a page
 MARKDOWN_LIMIT = 60_000  # bytes of a summary: a comment on GitHub ends at 65,536 characters
 PLOT_LIMIT = 400_000  # bytes of one plot
 CELL, LABEL, VALUE, LINE, LINES = 300, 120, 60, 600, 4000  # characters of a text, by where it stands
+PAPER, SMALLEST, LARGEST = 490.0, 5.0, 8.0  # points: the width of A4 less its margins and a border; sizes of type
+LETTER_EM, CELL_EM, LONG_EMS = 0.62, 1.1, 15.0  # a letter, the room around a cell, a cell that is broken into lines
 SHORT_CELL = 28  # characters of a cell that is not broken into lines
 FIGURES, PLOTS, TABLES, ROWS, COLUMNS, NOTES, PROVENANCE = 24, 12, 12, 200, 24, 40, 60  # of a section, at most
 
@@ -42,6 +44,7 @@ class Plot:
     svg: str  # from `page_svg.inline`
     alt: str  # what is seen, in one or two sentences with numbers
     caption: str
+    dense: bool = False  # too much to be shrunk to a phone: it keeps a width there and scrolls
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def _view(section: Section, number: int, level: _Level) -> _View:
             continue
         name = f"Figure {number}.{i}"
         svg, width = placed(plot.svg, prefix=f"figure-{number}-{i}", title=name, description=plain(plot.alt, 2 * LINE))
-        plots.append({"name": name, "svg": Markup(svg), "width": width, "caption": shown(plot.caption, LINE)})
+        caption = shown(plot.caption, LINE)
+        plots.append({"name": name, "svg": Markup(svg), "width": width, "caption": caption, "dense": plot.dense})
     tables = [
         _table(table, f"Table {number}.{i}", level.rows) for i, table in enumerate(section.tables[: level.tables], 1)
     ]
@@ -228,6 +232,7 @@ def _table(table: Table, name: str, rows: int) -> dict[str, Any]:
     n = min(len(table.header), COLUMNS)
     numeric = [i < len(table.numeric) and table.numeric[i] for i in range(n)]
     texts = [[*row[:n], *[""] * (n - len(row))] for row in table.rows[:rows]]
+    in_print, size = _on_paper(table.header[:n], texts, numeric)
     left_out = []
     if len(table.rows) > rows:
         left_out.append(f"the first {rows:,} of {len(table.rows):,} rows")
@@ -238,8 +243,15 @@ def _table(table: Table, name: str, rows: int) -> dict[str, Any]:
         "caption": shown(table.caption, CELL),
         "label": f"{name}: {plain(table.caption, LABEL)}",
         "left_out": ", ".join(left_out),
+        "in_print": f"the first {in_print} of {n} columns, as wide as paper is" if in_print < n else "",
+        "size": f"{size:.2f}",
         "header": [
-            {"text": shown(text, LABEL) if text.strip() else "", "numeric": numeric[i], "long": len(text) > SHORT_CELL}
+            {
+                "text": shown(text, LABEL) if text.strip() else "",
+                "numeric": numeric[i],
+                "long": _is_long(text, numeric[i]),
+                "off": i >= in_print,
+            }
             for i, text in enumerate(table.header[:n])
         ],
         "rows": [
@@ -249,12 +261,41 @@ def _table(table: Table, name: str, rows: int) -> dict[str, Any]:
                     "numeric": numeric[i],
                     "long": len(text) > SHORT_CELL,
                     "head": i == 0 and not numeric[0] and bool(text.strip()),
+                    "off": i >= in_print,
                 }
                 for i, text in enumerate(row)
             ]
             for row in texts
         ],
     }
+
+
+def _on_paper(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> tuple[int, float]:
+    """How many of the columns fit the width of paper, and the size of type (pt) in which they do.
+
+    A number is not broken, words are only at spaces, and a long cell takes LONG_EMS whatever it holds.
+    """
+    ends, wide = [], 0.0
+    for i, heading in enumerate(header):
+        words = LONG_EMS if _is_long(heading, numeric[i]) else LETTER_EM * max(map(len, heading.split()), default=0)
+        widest = max(words, *(_unbroken(row[i], numeric[i]) for row in rows), 0.0)
+        wide += widest + CELL_EM
+        ends.append(wide)
+    size = min(LARGEST, max(SMALLEST, PAPER / max(wide, 1.0)))
+    fit = sum(end * size <= PAPER for end in ends)
+    return (len(header), size) if fit == len(header) else (max(1, fit), size)
+
+
+def _is_long(heading: str, is_number: bool) -> bool:
+    """Whether a heading has the width of a long cell; over numbers only where it cannot be broken at spaces."""
+    return len(heading) > SHORT_CELL and (not is_number or max(map(len, heading.split()), default=0) > SHORT_CELL)
+
+
+def _unbroken(text: str, is_number: bool) -> float:
+    """The least width of a cell (em)."""
+    if len(text) > SHORT_CELL:
+        return LONG_EMS
+    return LETTER_EM * (len(text) if is_number else max(map(len, text.split()), default=0))
 
 
 def _commands(section: Section) -> list[str]:

@@ -17,7 +17,7 @@ from memdiag.report_sql import Session
 
 # What tells a row of each report from all its others; the last column is what the rows are about.
 KEYS: Mapping[str, tuple[str, ...]] = {
-    "check": ("sql", "rule"),
+    "check": ("condition", "sql", "rule"),
     "counterfactual": ("example_id",),
     "counterfactual.examples": ("held_out", "example_id"),
     "counterfactual.influence": ("test_id", "example_id"),

@@ -36,10 +36,12 @@ HOSTILE = (
 HOLDING_ALL = "".join(HOSTILE[:-1])
 
 
-def plot(label: str = "loss", *, name: str = "plot", points: int = 20) -> Plot:
+def plot(
+    label: str = "loss", *, name: str = "plot", points: int = 20, width: float = page_svg.HALF, dense: bool = False
+) -> Plot:
     """Two lines on a log scale, and a cell of a heat map."""
     with page_svg.styled():
-        figure = page_svg.new_figure(page_svg.HALF, 3)
+        figure = page_svg.new_figure(width, 3)
         left, right = figure.subplots(1, 2)
         x = np.arange(1, points + 1)
         left.plot(x, 1.0 / x, label=drawable(label))
@@ -49,9 +51,26 @@ def plot(label: str = "loss", *, name: str = "plot", points: int = 20) -> Plot:
         left.legend().set_in_layout(False)  # a long label must not squeeze the axes
         right.imshow([[0.0, 1.0], [0.5, 0.2]])
         right.text(0, 0, "0.0", color=page_svg.on("#440154"))
-    return Plot(
-        page_svg.inline(figure, name=name), f"The {label} falls from 1 to {1 / points:.2f}.", f"{label} by step."
-    )
+    alt = f"The {label} falls from 1 to {1 / points:.2f}."
+    return Plot(page_svg.inline(figure, name=name), alt, f"{label} by step.", dense)
+
+
+def wide() -> Section:
+    """Plots as wide as the page, and tables wider than it and than paper."""
+    many = tuple(f"column_{i}" for i in range(20))
+    return Section(
+        kind="diff.columns",
+        name="wide.parquet",
+        question="What changed?",
+        plots=(plot(name="a", width=page_svg.WIDE), plot(name="b", width=page_svg.WIDE, dense=True)),
+        tables=(
+            Table("All", ("name of the column", *many), (("a name of words", *["−1,234.56"] * 20),) * 3,
+                  (False, *[True] * 20)),
+            Table("Intervals", ("score", *["95 % interval"] * 7), (("loss", *["0.99854 to 0.99985"] * 7),),
+                  (False, *[True] * 7)),
+            Table("Texts", ("id", "text"), (("0123456789" * 8, "of words " * 30),)),
+        ),
+    )  # fmt: skip
 
 
 def ordinary(name: str = "run/entropy.parquet") -> Section:

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from reports import write_columns, write_kind
 from scipy import stats
 
-from memdiag import diff_columns, mean_interval, tables
+from memdiag import diff_columns, mean_interval, report_sql, tables
 from memdiag.diff_columns import compared
 from memdiag.diff_movers import movers
 from memdiag.diff_rows import ColumnRow, MoverRow
@@ -78,7 +79,9 @@ def plain(base, new, key, name):
         return x is not None and not isinstance(x, str) and math.isfinite(x)
 
     changed = sum(not (x == y or (is_nan(x) and is_nan(y))) for x, y in pairs)
-    return changed, [(float(x), float(y)) for x, y in pairs if is_known(x) and is_known(y)]
+    one_sided = sum((x is None) != (y is None) for x, y in pairs)
+    odd = sum(is_known(x) + is_known(y) < 2 for x, y in pairs if isinstance(x, float) and isinstance(y, float))
+    return (changed, one_sided, odd), [(float(x), float(y)) for x, y in pairs if is_known(x) and is_known(y)]
 
 
 def random_side(rng, ids, *, hostile):
@@ -113,18 +116,22 @@ def test_the_figures_are_those_of_a_loop(hostile, in_order, resampled, tmp_path,
     lists = [{name: v if isinstance(v, list) else v.to_pylist() for name, v in side.items()} for side in (base, new)]
     assert (found.paired, found.added, found.removed) == ((91, 0, 0) if in_order else (70, 2, 21))
     for column in found.columns:
-        changed, known = plain(*lists, "example_id", column.name)
-        assert column.changed == changed, column.name
+        (changed, one_sided, odd), known = plain(*lists, "example_id", column.name)
+        assert (column.changed, column.one_sided) == (changed, one_sided), column.name
+        assert one_sided > 0
+        assert column.odd == odd, column.name
+        assert (odd > 0) == (hostile and column.name == "x"), column.name
         if column.name == "text":
             assert (column.kind, column.n) == ("other", None)
             continue
         d = np.array([y - x for x, y in known])
         assert column.n == len(d), column.name
-        assert column.base == pytest.approx(np.mean([x for x, _ in known]))
-        assert column.new == pytest.approx(np.mean([y for _, y in known]))
-        assert column.difference == pytest.approx(d.mean(), abs=1e-12)
-        assert column.std == pytest.approx(d.std(ddof=1))
-        assert column.skewness == pytest.approx(stats.skew(d), abs=1e-9)
+        error = d.std(ddof=1) / math.sqrt(len(d))  # figures have nine digits
+        assert column.base == pytest.approx(np.mean([x for x, _ in known]), rel=1e-8, abs=1e-8 * error)
+        assert column.new == pytest.approx(np.mean([y for _, y in known]), rel=1e-8, abs=1e-8 * error)
+        assert column.difference == pytest.approx(d.mean(), rel=1e-8, abs=1e-8 * error)
+        assert column.std == pytest.approx(d.std(ddof=1), rel=1e-8)
+        assert column.skewness == pytest.approx(stats.skew(d), abs=1e-8)
         assert (column.min, column.max) == (pytest.approx(d.min()), pytest.approx(d.max()))
         interval = column.interval(0.9)
         assert interval.n == len(d)
@@ -146,8 +153,8 @@ def test_the_order_of_rows_does_not_matter_and_swapped_sides_change_the_sign(tmp
     found = compare(tmp_path, base, new)
     same, swapped = compare(tmp_path, base, shuffled), compare(tmp_path, shuffled, base)
     for one, other, back in zip(found.columns, same.columns, swapped.columns):
-        assert one.difference == pytest.approx(other.difference, abs=1e-14)
-        assert back.difference == pytest.approx(-one.difference, abs=1e-14)
+        assert (one.difference, one.one_sided) == (other.difference, 0)
+        assert back.difference == -one.difference
         assert (back.changed, back.n, back.std) == (one.changed, one.n, pytest.approx(one.std))
         assert (back.base, back.min) == (pytest.approx(one.new), pytest.approx(-one.max))
         lo, hi = one.interval(0.95).lo, one.interval(0.95).hi
@@ -306,6 +313,77 @@ def test_up_to_so_many_differences_are_resampled(tmp_path, monkeypatch):
     assert found["five"].values is None
 
 
+@contextmanager
+def threads(many, monkeypatch):
+    """DuckDB with so many threads, whatever the machine has."""
+    connect = report_sql.duckdb.connect
+    monkeypatch.setattr(
+        report_sql.duckdb,
+        "connect",
+        lambda *args, config=None, **rest: connect(*args, config={**config, "threads": str(many)}, **rest),
+    )
+    yield
+    monkeypatch.setattr(report_sql.duckdb, "connect", connect)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_figures_are_the_same_with_any_number_of_threads_and_row_groups(tmp_path, monkeypatch, in_order):
+    rng = np.random.default_rng(7)
+    n = 30_000
+    base = {
+        "example_id": np.arange(n),
+        "x": rng.lognormal(size=n) * 1e3,
+        "far": rng.normal(50, 1, n),
+        "still": rng.random(n),
+    }
+    new = base | {"x": base["x"] + rng.normal(size=n) * 1e3, "far": np.abs(rng.normal(0, 0.1, n))}
+    new["still"] = base["still"] + rng.permutation(np.repeat([-1e-3, 1e-3], n // 2))  # a mean of 0 but for rounding
+    orders = [np.arange(n), np.arange(n)] if in_order else [rng.permutation(n) for _ in range(2)]
+    found = []
+    for run, (order, size, many) in enumerate(((0, 700, 1), (0, 700, 4), (1, 3000, 4), (1, 2048, 3))):
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        with opened_pair(folder, base, {name: v[orders[order]] for name, v in new.items()}):
+            pass
+        for path in folder.iterdir():  # in row groups of so many
+            pq.write_table(pq.read_table(path), path, row_group_size=size)
+        paths = {side: folder / f"{side}.parquet" for side in ("base", "new")}
+        with threads(many, monkeypatch), opened(paths) as session:
+            pairing = paired_by(session, "score")
+            assert pairing.in_order == in_order
+            columns = compared(session, pairing, *(tables.read_schema(path) for path in paths.values()))
+            moved_most = movers(session, pairing, columns)
+        found.append(([c.row(0.95) | {"p": c.p(0.01)} for c in columns.columns], moved_most))
+    assert all(one == found[0] for one in found[1:])
+    still = found[0][0][-1]
+    assert abs(still["difference"]) <= 1e-9 * still["std"] / math.sqrt(n)
+
+
+def test_figures_have_nine_digits_of_their_own_size_or_their_errors():
+    to = diff_columns._to_digits
+    assert to(1.23456789012, 0.0) == 1.23456789
+    assert to(-0.000123456789012, 0.0) == -0.000123456789
+    assert to(123456789012.0, 1.0) == 123456789000.0
+    assert to(1e-17, 0.5) == 0.0
+    assert math.copysign(1, to(-1e-17, 0.5)) == 1
+    assert to(0.123456789012, 5.0) == 0.12345679
+    assert to(None, 5.0) is None
+    assert (to(0.0, 0.0), to(3.0, math.inf), to(1e300, 0.0)) == (0.0, 3.0, 1e300)
+
+
+def test_the_seed_is_that_of_the_resamples(tmp_path):
+    x = np.random.default_rng(8).exponential(size=40)
+    ids = [str(i) for i in range(40)]
+    sides = {"example_id": ids, "v": [0.0] * 40}, {"example_id": ids, "v": x.tolist()}
+    for seed in (0, 1, 2):
+        expected = mean_interval.mean_interval(x, 0.95, seed=seed)
+        found = by_name(compare(tmp_path, *sides, seed=seed))["v"].interval(0.95)
+        assert (found.lo, found.hi) == (pytest.approx(expected.lo), pytest.approx(expected.hi))
+        row = by_name(compare(tmp_path, *sides, seed=seed))["v"].row(0.95)
+        assert (row["lo"], row["hi"]) == (float(f"{found.lo:.9g}"), float(f"{found.hi:.9g}"))
+    assert len({by_name(compare(tmp_path, *sides, seed=seed))["v"].interval(0.95).lo for seed in (0, 1, 2)}) == 3
+
+
 def test_movers_come_by_size_then_key_with_who_was_added_and_removed(tmp_path):
     base = {"example_id": ["a", "b", "c", "d", "x", "y"], "v": [0.0, 0.0, 0.0, 0.0, 7.0, 8.0], "t": [True] * 6}
     new = {
@@ -353,3 +431,17 @@ def test_movers_say_whether_they_moved_beyond_noise(tmp_path):
     new = {"example_id": ids, "memorization": [0.9, -1.0, 0.5], "se": [0.4, 0.4, 0.1]}
     rows = [row for row in moved(tmp_path, base, new) if row["column"] == "memorization"]
     assert [row["beyond_noise"] for row in rows] == [True, False, None]
+
+
+def test_many_columns_are_as_few(tmp_path):
+    rng = np.random.default_rng(9)
+    n, many = 30, 2 * diff_columns.TOGETHER + 3
+    base = {"example_id": list(range(n)), **{f"c{k}": rng.normal(size=n) for k in range(many)}}
+    new = {name: value if name == "example_id" else value + rng.normal(size=n) for name, value in base.items()}
+    found, rows = by_name(compare(tmp_path, base, new)), moved(tmp_path, base, new, top=2)
+    assert list(found) == [f"c{k}" for k in range(many)]
+    for name, column in found.items():
+        d = new[name] - base[name]
+        assert column.difference == pytest.approx(d.mean(), rel=1e-7, abs=1e-9)
+        largest = sorted(range(n), key=lambda i: -abs(d[i]))[:2]
+        assert [row["difference"] for row in rows if row["column"] == name] == [d[i] for i in largest]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ def test_the_bootstrap_of_three_values_is_all_27_resamples(monkeypatch):
         d = np.array(drawn)
         spread = d.std(ddof=1)
         t.append((d.mean() - 2) / (spread / math.sqrt(3)) if spread else math.copysign(math.inf, d.mean() - 2))
-    found = m._t_of_resamples((x - 2) / x.std(ddof=1), 0)
+    found = m._t_of_resamples((x[:, None] - 2) / x.std(ddof=1), 0)[:, 0]
     for value in sorted(set(np.round(t, 6))):
         share = np.mean(np.isclose(t, value) | (np.array(t) < value))
         seen = np.mean(np.isclose(found, value) | (found < value))
@@ -52,7 +51,7 @@ def test_the_bootstrap_is_its_definition_as_a_loop(monkeypatch):
     x = np.sort(np.random.default_rng(1).lognormal(size=13))
     rng, t = np.random.default_rng([5, 199, 13]), []
     for first in range(0, 199, 3):
-        for drawn in rng.integers(13, size=(min(3, 199 - first), 13), dtype=np.int32):
+        for drawn in rng.integers(13, size=(min(3, 199 - first), 13)):
             y = x[drawn]
             t.append((y.mean() - x.mean()) / (y.std(ddof=1) / math.sqrt(13)))
     t.sort()
@@ -123,7 +122,7 @@ def test_few_different_values_have_no_interval_only_where_resamples_have_no_spre
 
 def test_a_resample_that_sits_on_the_mean_is_on_neither_side():
     x = np.repeat([0.1, 0.2, 0.3], 1)  # 0.2 three times over has the mean 0.2 but for rounding
-    t = m._t_of_resamples((x - x.mean()) / x.std(ddof=1), 0)
+    t = m._t_of_resamples((x[:, None] - x.mean()) / x.std(ddof=1), 0)[:, 0]
     b = len(t)
     for found in (np.isneginf(t).mean(), np.isposinf(t).mean()):
         assert abs(found - 1 / 27) < 5 * math.sqrt(1 / 27 / b)
@@ -177,17 +176,109 @@ def test_a_mean_that_hangs_on_a_few_of_many_values_has_no_interval():
 
 
 def test_both_ways_agree_where_one_takes_over():
+    n = m.MOST_RESAMPLED
     rng = np.random.default_rng(8)
-    # an end of the bootstrap moves by 16 ranks of 9,999 from seed to seed: 0.03 standard errors; 5 of these
-    for x in (rng.normal(size=5000), rng.lognormal(size=5000), rng.exponential(size=5000), rng.beta(0.3, 0.3, 5000)):
-        error = x.std(ddof=1) / math.sqrt(5000)
+    # an end of the bootstrap moves by 16 ranks of 9,999 from seed to seed: 0.03 standard errors; 5 of these. Over 60
+    # seeds of each law the means of the differences are within 0.01, of the exponential and the normal as of the beta
+    for x in (rng.normal(size=n), rng.exponential(size=n), rng.lognormal(0, 0.5, size=n), rng.beta(0.3, 0.3, n)):
+        error = x.std(ddof=1) / math.sqrt(n)
         resampled, many = mean_interval(x, 0.95), of_moments(*moments(x), 0.95)
         assert (resampled.method, many.method) == ("bootstrap-t", "moments")
         assert (resampled.lo, resampled.hi) == pytest.approx((many.lo, many.hi), abs=0.14 * error)
-    x = rng.lognormal(size=5001)
+    x = rng.lognormal(size=n + 1)
     found, expected = mean_interval(x, 0.95), of_moments(*moments(x), 0.95)
     assert found.method == "moments"
-    assert (found.lo, found.hi) == pytest.approx((expected.lo, expected.hi), rel=1e-4)
+    assert (found.lo, found.hi) == pytest.approx((expected.lo, expected.hi), rel=1e-2)
+
+
+def test_samples_resampled_together_are_as_each_by_itself():
+    rng = np.random.default_rng(15)
+    samples = [
+        rng.exponential(size=30),
+        [],
+        rng.normal(5, 1e-3, 30),
+        [1.0],
+        rng.random(40),
+        [2.0, 2.0],
+        [1e200, -1e200],
+    ]
+    samples.append(rng.lognormal(size=m.MOST_RESAMPLED + 1))
+    for values, at in zip(samples, m.all_values_at(samples, 3), strict=True):
+        for confidence in (0.9, 0.99):
+            alone, found = mean_interval(values, confidence, seed=3), at(1 - confidence)
+            assert (found.value, found.n, found.method, found.note) == (alone.value, alone.n, alone.method, alone.note)
+            if alone.lo is not None:
+                assert (found.lo, found.hi) == (pytest.approx(alone.lo, rel=1e-12), pytest.approx(alone.hi, rel=1e-12))
+    with pytest.raises(ValueError, match="NaN"):
+        m.all_values_at([[1.0], [math.nan]], 0)
+
+
+def test_students_t_is_scipys_as_far_out_as_that_goes_and_right_beyond():
+    for df in (1, 2, 3, 7, 40, 999, 1000, 10**7):
+        for alpha in (0.5, 0.05, m.TAIL, 0.9999 * m.TAIL, 1e-5, 1e-9, 1e-40):
+            assert m._student(df, alpha) == pytest.approx(-stats.t.ppf(alpha / 2, df), rel=1e-9), (df, alpha)
+    # by hand: of one degree t = cot(pi alpha / 2), of two t² = 2 (1 - alpha)² / (1 - (1 - alpha)²)
+    assert m._student(1, 1e-100) == pytest.approx(2e100 / math.pi, rel=1e-12)
+    assert m._student(2, 1e-200) == pytest.approx(1e100, rel=1e-12)
+    assert m._student(1, 1e-300) == 1e150
+    assert m._student(3, 1e-290) > m._student(3, 1e-289) > 1e90
+
+
+def test_beyond_the_resamples_an_interval_goes_on_and_is_never_narrower_than_students():
+    x = np.random.default_rng(16).exponential(size=60)
+    n, mean, std, skewness = moments(x)
+    error = std / math.sqrt(n)
+    t = m._t_of_resamples((np.sort(x)[:, None] - mean) / std, 0)[:, 0]
+    at = m.values_at(x, 0)
+    for alpha in (1.9e-3, 1e-3, 2e-4, 1e-5, 1e-9, 1e-50):
+        k = max(1, math.floor(alpha * 10_000 / 2 + 1e-9))
+        y = -float(stats.t.ppf(alpha / 2, n - 1))
+        low, high = m._hall_ends(y, skewness / math.sqrt(n))
+        found = at(alpha)
+        assert found.method == "bootstrap-t"
+        assert found.lo == pytest.approx(mean - max(t[-k], high, y) * error, rel=1e-9), alpha
+        assert found.hi == pytest.approx(mean - min(t[k - 1], low, -y) * error, rel=1e-9), alpha
+    assert at(m.TAIL).hi == pytest.approx(mean - t[9] * error, rel=1e-9)  # ten are enough
+    assert mean_interval(x, 1 - 1e-12).lo < mean_interval(x, 1 - 1e-9).lo  # also of whoever asks for such a confidence
+
+
+@pytest.mark.parametrize("n", [12, 300, 1001, 5000])
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 1.6])
+def test_intervals_grow_with_their_confidence_without_a_gap(n, sigma):
+    x = np.random.default_rng([17, n]).lognormal(0, sigma, size=n)
+    at, alphas = m.values_at(x, 0), (*np.geomspace(0.5, 1e-12, 200).tolist(), 1e-40, 1e-150, 1e-300)
+    found = [at(alpha) for alpha in alphas]
+    known = [one.lo is not None for one in found]
+    assert known == sorted(known, reverse=True)  # from where there is none on there is none, and not so in the tail
+    assert len({is_known for is_known, alpha in zip(known, alphas) if 2e-4 <= alpha < m.TAIL}) == 1
+    ends = [(one.lo, one.hi) for one in found if one.lo is not None]
+    assert all(a[0] >= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(ends))
+    assert all(math.isfinite(end) for pair in ends for end in pair)
+
+
+def test_beyond_the_flat_point_of_halls_transformation_the_end_stays_till_students_is_farther():
+    a = 0.5  # flat at t = -6, reached from y = a / 6 - 2 on
+    assert m._hall_ends(1.9, a)[0] == pytest.approx(m._hall_inverse(-1.9, a))
+    assert -6 < m._hall_ends(1.9, a)[0] < -3
+    assert [m._hall_ends(y, a)[0] for y in (1.92, 4.0, 6.0, 7.0)] == [-6, -6, -6, -7]
+    assert m._hall_ends(7.0, -a) == (pytest.approx(-m._hall_ends(7.0, a)[1]), 7)
+
+
+def test_a_mean_far_off_its_limit_has_a_small_p_however_few_resamples_there_are():
+    rng = np.random.default_rng(18)
+    x = rng.normal(size=100)
+    for far in (5.0, 8.0, 50.0):  # standard errors from the mean
+        limit = float(x.mean() + far * x.std(ddof=1) / 10)
+        of_t, of_hall = stats.ttest_1samp(x, limit).pvalue, p_of_moments(*moments(x), limit)
+        assert p_value(x, limit) == pytest.approx(max(of_t, of_hall), rel=1e-6)
+        assert of_t < 1e-5
+    ps = [p_value(x, limit) for limit in np.linspace(x.mean(), x.mean() + 3, 40)]
+    assert ps == sorted(ps, reverse=True)
+    # skewed values of which more than are resampled, so that Hall's has no end from some confidence on
+    y = rng.lognormal(0, 1.5, size=1500)
+    assert mean_interval(y, 0.95).lo is not None
+    assert p_value(y, 100 * float(y.mean())) < 1e-12
+    assert p_value([1.0] * 3 + [0.0] * 17, 1e9) > 0.05  # where resamples have no spread, they end at no p
 
 
 def test_rates_are_clopper_and_pearsons():
@@ -221,15 +312,15 @@ def test_p_of_a_rate_is_twice_the_smaller_tail_and_dual_to_its_interval():
 def test_p_is_below_alpha_just_where_the_interval_leaves_the_limit_out(floor):
     rng = np.random.default_rng(9)
     small, large = rng.lognormal(size=25), rng.lognormal(size=7000)
-    for confidence in (0.8, 0.95, 0.99):
+    for confidence in (0.8, 0.95, 0.99, 0.9995, 1 - 1e-7):
         for x in (small, large):
             found = widened(mean_interval(x, confidence), floor, confidence)
             p = [p_value(x, end + step, floor=floor) for end in (found.lo, found.hi) for step in (-1e-7, 1e-7)]
             alpha = 1 - confidence
-            assert p[0] <= alpha + 1e-9 < p[1], (confidence, len(x))
-            assert p[3] <= alpha + 1e-9 < p[2], (confidence, len(x))
+            assert p[0] <= alpha * (1 + 1e-6) < p[1] * (1 + 2e-6), (confidence, len(x))
+            assert p[3] <= alpha * (1 + 1e-6) < p[2] * (1 + 2e-6), (confidence, len(x))
     assert p_value(small, float(small.mean()), floor=floor) > 0.5
-    assert p_value(small, 1e9) == pytest.approx(2 / (m.RESAMPLES + 1))
+    assert p_value(small, 1e9) < 1e-100
     n, mean, std, skewness = moments(large)
     assert p_value(large, 1.6, floor=floor) == pytest.approx(
         p_of_moments(n, mean, std, skewness, 1.6, floor=floor), rel=1e-3
@@ -246,19 +337,24 @@ def test_p_of_far_off_limits_keeps_its_digits():
 
 def test_the_resamples_p_is_counted_as_a_loop_would():
     x = np.random.default_rng(10).exponential(size=15)
-    t = m._t_of_resamples((np.sort(x) - x.mean()) / x.std(ddof=1), 0)
+    t = m._t_of_resamples((np.sort(x)[:, None] - x.mean()) / x.std(ddof=1), 0)[:, 0]
     for limit in (0.5, 0.9, 1.0, 1.4, 2.0):
         t0 = (x.mean() - limit) / (x.std(ddof=1) / math.sqrt(15))
         counts = sum(1 for value in t if value >= t0), sum(1 for value in t if value <= t0)
-        assert p_value(x, limit) == pytest.approx(min(1, 2 * (1 + min(counts)) / 10_000), rel=1e-9)
+        counted = min(1, 2 * (1 + min(counts)) / 10_000)
+        assert counted > m.TAIL
+        assert p_value(x, limit) == pytest.approx(counted, rel=1e-9)
 
 
 def test_noise_widens_each_side_by_the_root_of_squares():
     found = widened(Interval(1.0, 0.6, 1.3, 9, "moments", None), 0.4, 0.95)
     assert (found.lo, found.hi) == (pytest.approx(1 - math.hypot(0.4, 0.4)), pytest.approx(1.5))
     assert (found.value, found.n, found.method) == (1.0, 9, "moments")
-    # the floor is of 95 %; at 99 % it is 2.5758 / 1.96 as wide
-    assert widened(Interval(0.0, 0.0, 0.0, 9, "x", None), 1.0, 0.99).hi == pytest.approx(2.5758293 / 1.9599640)
+    # the floor is of 95 %; at 99 % it is as much wider as Student's t of 5 degrees, at 80 % as the normal
+    assert widened(Interval(0.0, 0.0, 0.0, 9, "x", None), 1.0, 0.99).hi == pytest.approx(4.0321430 / 2.5705818)
+    assert widened(Interval(0.0, 0.0, 0.0, 9, "x", None), 1.0, 0.8).hi == pytest.approx(1.2815516 / 1.9599640)
+    for few in (2, 4, 20):  # which no Student's is narrower than
+        assert stats.t.ppf(0.9, few) / stats.t.ppf(0.975, few) < 1.2815516 / 1.9599640
     assert widened(Interval(0.0, 0.2, 0.5, 9, "x", None), 0.3, 0.95).lo == pytest.approx(-0.3)  # no end beyond the mean
     same = Interval(1.0, 0.6, 1.3, 9, "moments", None)
     assert widened(same, 0.0, 0.95) == same
@@ -268,8 +364,11 @@ def test_noise_widens_each_side_by_the_root_of_squares():
         with pytest.raises(ValueError, match="noise floor"):
             widened(same, floor, 0.95)
     # two normals: the noise's error is 0.2, the mean's 0.1
-    p = p_of_moments(10**6, 0.5, 100.0, 0.0, 0.0, floor=0.2 * 1.9599640)
-    assert p == pytest.approx(2 * stats.norm.sf(0.5 / math.hypot(0.1, 0.2)), rel=1e-3)
+    p = p_of_moments(10**6, 0.4, 100.0, 0.0, 0.0, floor=0.2 * 1.9599640)
+    assert p == pytest.approx(2 * stats.norm.sf(0.4 / math.hypot(0.1, 0.2)), rel=1e-3)
+    # and the noise alone, far off: Student's
+    p = p_of_moments(10**6, 5.0, 1e-9, 0.0, 0.0, floor=1.0)
+    assert p == pytest.approx(2 * stats.t.sf(5.0 * 2.5705818, 5), rel=1e-6)
 
 
 def test_q_values_are_benjamini_and_hochbergs():
@@ -301,19 +400,26 @@ def missed(draw, n, runs, interval):
     return sum(not lo <= 0 <= hi for lo, hi in found) / runs
 
 
-def resampled(x, seed):
-    found = mean_interval(x, 0.95, seed=seed)
-    return found.lo, found.hi
-
-
 @pytest.mark.parametrize("name", DRAWS)
 def test_intervals_hold_the_mean_as_often_as_they_say(name, monkeypatch):
     monkeypatch.setattr(m, "RESAMPLES", 999)
-    runs = 500
-    # 95 % +- 2 points, and the Monte Carlo error of the runs: three standard deviations
+    n, runs = 50, 3000
+    x = DRAWS[name](np.random.default_rng([12, n]), (runs, n))
+    found = [at(0.05) for at in m.all_values_at(list(x), 0)]
+    held = np.mean([one.lo <= 0 <= one.hi for one in found])
+    slack = 3 * math.sqrt(0.05 * 0.95 / runs)  # the Monte Carlo error of the runs: three standard deviations
+    assert 0.93 - slack <= held <= 0.97 + slack
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_intervals_of_more_values_hold_the_mean_too(name):
+    n, runs = m.MOST_RESAMPLED + 1, 3000
+    x = DRAWS[name](np.random.default_rng([19, n]), (runs, n))
+    figures = zip(x.mean(1).tolist(), x.std(1, ddof=1).tolist(), stats.skew(x, axis=1).tolist())
+    found = [of_moments(n, *of, 0.95) for of in figures]
+    held = np.mean([one.lo <= 0 <= one.hi for one in found])
     slack = 3 * math.sqrt(0.05 * 0.95 / runs)
-    assert missed(DRAWS[name], 50, runs, resampled) <= 0.07 + slack
-    assert missed(DRAWS[name], 50, runs, resampled) >= 0.03 - slack
+    assert 0.94 - slack <= held <= 0.96 + slack
 
 
 def test_the_normal_interval_of_ten_skewed_values_fails_the_same_test():
@@ -343,10 +449,3 @@ def test_halls_interval_holds_the_mean_on_both_sides_and_the_normal_one_does_not
     assert 0.015 - 3 * sd < above < 0.035 + 3 * sd
     half = 1.96 * std / math.sqrt(n)
     assert np.mean(mean + half < 0) > 0.035 + 3 * sd  # the control: too often on the side of the long tail
-
-
-def test_five_thousand_values_take_less_than_a_second():
-    x = np.random.default_rng(14).lognormal(size=5000)
-    start = time.perf_counter()
-    mean_interval(x, 0.95)
-    assert time.perf_counter() - start < 2  # 0.2 s on an idle core

@@ -722,3 +722,22 @@ def test_places_that_cannot_be_written_are_refused_before_anything_is_made(tmp_p
     with pytest.raises(InputError, match="cannot be written"):
         report(a, html=a / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "columns", "size"),
+    [
+        ((), (), 0, page.LARGEST),
+        (("a", "b"), (("1", "2"),), 2, page.LARGEST),  # small tables keep the size of type
+        (("a",) * 10, (("0.123456789",) * 10,), 10, 490 / (10 * (11 * 0.62 + 1.1))),
+        (("a",) * 20, (("0.123456789",) * 20,), 12, page.SMALLEST),  # 98 em are there, and a column takes 7.92
+        (("two words here",) * 10, (("1",) * 10,), 10, page.LARGEST),  # a heading may be broken at spaces
+        (("a",), (("x" * 5000,),), 1, page.LARGEST),  # a long cell is broken anywhere
+        (("y" * 5000, "b"), (("1", "2"),), 2, page.LARGEST),  # so is a long heading
+    ],
+)
+def test_columns_that_fit_on_paper_and_their_size(header, rows, columns, size):
+    found = page._on_paper(header, rows, [True] * len(header))
+    assert found == (columns, pytest.approx(size))
+    words = page._on_paper(header, rows, [False] * len(header))
+    assert words[0] >= columns

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from page_examples import HOLDING_ALL, HOSTILE, hostile, ordinary
+from page_examples import HOLDING_ALL, HOSTILE, hostile, ordinary, wide
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from memdiag import page as pages
@@ -201,6 +201,74 @@ def test_a_plot_fits_a_phone_and_has_its_natural_width_on_a_desk(opened: Open) -
     assert wide["width"] == pytest.approx(page_svg.HALF * 96 * 1.1, abs=1)
     assert narrow["width"] == pytest.approx(390 - 32, abs=1)
     assert wide["width"] / wide["height"] == pytest.approx(narrow["width"] / narrow["height"], rel=0.01)
+
+
+@pytest.fixture
+def of_wide(browser: Browser, tmp_path: Path) -> Iterator[Callable[[int], Page]]:
+    """A page of what is wide, in a window of some pixels."""
+    path = tmp_path / "wide.html"
+    path.write_text(pages.html([wide()], title="wide"), encoding="utf-8")
+    context = browser.new_context()
+
+    def open_(width: int) -> Page:
+        page = context.new_page()
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto(path.as_uri())
+        return page
+
+    yield open_
+    context.close()
+
+
+@pytest.mark.parametrize("width", [320, 390, 700, 850, 1000, 1300, 2000])
+def test_what_is_wide_uses_the_room_there_is_and_no_more(width: int, of_wide: Callable[[int], Page]) -> None:
+    page = of_wide(width)
+    assert overflow(page) <= 0
+    plain, dense = (page.locator("figure .scroll").nth(i) for i in range(2))
+    assert plain.evaluate("e => e.scrollWidth <= e.clientWidth")  # its axis is seen as a whole
+    assert dense.evaluate("e => e.scrollWidth > e.clientWidth") == (width < 560)
+    assert dense.locator("svg").bounding_box()["width"] >= 560  # type: ignore[index]
+    boxes = [page.locator(".table").nth(i).bounding_box() for i in range(3)]
+    for box in boxes:
+        assert box is not None
+        assert box["x"] >= 0
+        assert abs(box["x"] + box["width"] / 2 - width / 2) <= 1  # in the middle
+    room = min(1100, width - 64) if width >= 848 else width - (32 if width <= 640 else 48)
+    assert boxes[0]["width"] == pytest.approx(room, abs=1)  # type: ignore[index]
+    assert page.locator(".table").nth(0).evaluate("e => e.scrollWidth > e.clientWidth")
+
+
+def test_on_paper_no_number_is_broken_and_what_does_not_fit_is_told(of_wide: Callable[[int], Page]) -> None:
+    page = of_wide(680)  # A4 less its margins
+    assert not page.locator(".paper").first.is_visible()
+    page.emulate_media(media="print")
+    assert overflow(page) <= 0
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('.table')].map(e => [e.scrollWidth, e.clientWidth])",
+    )
+    assert all(scroll <= client for scroll, client in sizes)
+    broken = page.evaluate(
+        """() => [...document.querySelectorAll('td.number, tbody th:not(.long)')].filter(e => {
+            const range = document.createRange();
+            range.selectNodeContents(e);
+            return new Set([...range.getClientRects()].map(r => r.top)).size > (e.matches('th') ? 4 : 1);
+        }).length"""
+    )
+    assert broken == 0
+    shown = page.locator(".table").nth(0).locator("thead th:visible").count()
+    assert 5 < shown < 21
+    assert f"the first {shown} of 21 columns" in page.locator(".paper").first.inner_text()
+    assert page.locator(".paper").count() == 1
+    assert page.locator(".table").nth(1).locator("thead th:visible").count() == 8
+
+
+def test_headings_go_from_the_page_to_its_reports_to_their_parts(opened: Open) -> None:
+    page, _ = opened("light")
+    found = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4, h5, h6')].map(e => e.tagName)")
+    assert found[:3] == ["H1", "H2", "H2"]
+    assert found.count("H1") == 1
+    assert found.count("H2") == 1 + page.locator("section").count()
+    assert set(found[1:]) == {"H2", "H3"}
 
 
 def test_a_wide_table_scrolls_in_its_box(opened: Open) -> None:

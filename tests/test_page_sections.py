@@ -107,7 +107,7 @@ def check(section):
     texts += [t for f in section.figures for t in dataclasses.astuple(f)]
     texts += [t for pair in section.provenance for t in pair]
     texts += [t for table in section.tables for row in (table.header, *table.rows) for t in row]
-    texts += [t for plot in section.plots for t in dataclasses.astuple(plot)]
+    texts += [t for plot in section.plots for t in (plot.svg, plot.alt, plot.caption)]
     assert all(isinstance(text, str) for text in texts)
     assert section.question
     assert all(len(row) == len(table.header) == len(table.numeric) for table in section.tables for row in table.rows)
@@ -310,7 +310,7 @@ def test_a_score_section_tells_the_summary_with_its_intervals(tmp_path):
     assert not [note for note in section.notes if LEFT_OUT in note]
     best = max(("loss", "margin"), key=lambda name: summary["scores"][name]["auc"]["value"])
     auc = summary["scores"][best]["auc"]
-    found = figures(section)[f"AUC of {best}"]
+    found = figures(section)[f"AUC of {best}, suspect against others"]
     assert float(found.value) == pytest.approx(auc["value"], abs=5e-3)
     assert found.interval == shown.interval(auc["lo"], auc["hi"])
     assert "n = 200 examples" in found.note
@@ -359,7 +359,7 @@ def test_who_is_never_forgotten_does_not_count_as_forgotten(tmp_path, censored, 
     tables.write(tmp_path / "s.parquet", row, [tables.from_columns(row, columns)], meta)
     section = section_of(tmp_path / "s.parquet", "s.parquet")
     check(section)
-    assert f"of the others {told} are" in section.plots[0].alt
+    assert f"of the others, {told} are" in section.plots[0].alt
 
 
 def test_the_order_of_the_rows_does_not_matter(tmp_path):
@@ -398,6 +398,82 @@ def test_a_sample_is_told(tmp_path):
     meta = tables.read_meta(path) | {"summary": summary | {"n_sample": 100}}
     parquet(path, pq.read_table(path).to_pydict(), meta)
     assert any("100 of 200" in note for note in section_of(path, "s.parquet").notes)
+
+
+@pytest.mark.parametrize(("options", "name"), [({"truth": "corrupted"}, "corrupted"), ({"truth": None}, "suspect"), (
+    None, "suspect"), ({"truth": "x" * 99}, "suspect")])  # fmt: skip
+def test_a_true_value_is_called_by_its_column_and_never_true(tmp_path, options, name):
+    path, _, _ = scores(tmp_path / "s.parquet", meta={"options": options})
+    section = section_of(path, "s.parquet")
+    assert f"AUC of margin, {name} against others" in figures(section)
+    assert f"Examples marked {name}" in figures(section)
+    said = [section.plots[0].alt, *(f.label for f in section.figures), *(plot.caption for plot in section.plots)]
+    assert not [text for text in said if "true" in text.lower()]
+    assert f">{name}</text>" in section.plots[0].svg
+    assert f"of {name}, " in section.plots[0].alt
+
+
+@pytest.mark.parametrize("rows", [slice(0, 150), slice(0, 200)])
+def test_a_summary_of_other_rows_is_not_shown_as_of_these(tmp_path, rows):
+    path, summary, columns = scores(tmp_path / "s.parquet")
+    some = {name: values[rows] for name, values in columns.items()}
+    same = len(some["loss"]) == 200
+    if same:
+        some["truth"] = ~some["truth"]  # as many rows, and other marks
+    parquet(path, some, tables.read_meta(path))
+    section = section_of(path, "s.parquet")
+    check(section)
+    note = (
+        f"tells of {summary['truth']['n_true']} examples marked"
+        if same
+        else "is of 200 examples, and the report has 150"
+    )
+    assert any(note in own for own in section.notes)
+    assert len(section.plots) == 1
+    assert not any("AUC" in figure.label for figure in section.figures)
+    mean = mean_interval.mean_interval(np.sort(some["loss"]), 0.95)
+    assert figures(section)["Mean loss"].interval == shown.interval(mean.lo, mean.hi)
+
+
+def test_the_text_of_histograms_tells_how_many_and_the_medians(tmp_path):
+    rng = np.random.default_rng(0)
+    columns = {name: rng.random(9) for name in "abcde"} | {"same": [0.0] * 9, "ok": [True] * 3 + [False] * 6}
+    section = section_of(parquet(tmp_path / "r.parquet", columns, {"report": "x"}), "r.parquet")
+    told = "; ".join(f"{name} {shown.number(float(np.median(columns[name])))}" for name in "abc")
+    assert section.plots[0].alt == f"6 histograms of 9 rows; medians: {told}, and 3 more."
+    assert "the same in every row that has a value, so not drawn: same" in section.notes
+    section = section_of(parquet(tmp_path / "o.parquet", {"ok": columns["ok"]}, {"report": "x"}), "o.parquet")
+    assert section.plots[0].alt == "1 histogram of 9 rows; medians: ok (share) 0.333."
+
+
+def test_what_is_counted_is_one_or_several():
+    assert [shown.counted(n, "phase") for n in (0, 1, 2000)] == ["0 phases", "1 phase", "2,000 phases"]
+    assert shown.counted(2, "switch", "switches") == "2 switches"
+
+
+def test_two_groups_of_a_histogram_stand_in_the_same_bins():
+    from matplotlib.figure import Figure
+
+    from memdiag import counterfactual_view
+
+    edges = np.linspace(0, 1, 5)
+    groups = [np.array([100, 0, 3, 1]), np.array([5, 2, 0, 1])]
+    axis = Figure().subplots()
+    counterfactual_view.draw_counts(axis, edges, groups)
+    assert axis.get_yscale() == "log"
+    filled = [patch for patch in axis.patches if patch.get_fill()]
+    assert [patch.get_label() for patch in filled] == ["others", "suspects"]
+    for patch, counts in zip(filled, groups):
+        corners = patch.get_xy()
+        assert {round(x, 9) for x, _ in corners} <= set(edges.tolist())
+        assert {y for _, y in corners if y >= 0.9} == {count for count in counts.tolist() if count}
+        for left, count in zip(edges, counts):
+            top = max(y for x, y in corners if x == left)
+            assert top >= count
+    axis = Figure().subplots()
+    counterfactual_view.draw_counts(axis, edges, groups[:1])
+    assert [patch.get_label() for patch in axis.patches if patch.get_fill()] == ["examples"]
+    assert axis.get_legend() is None
 
 
 def test_a_large_report_is_never_read_as_a_whole(tmp_path, monkeypatch):
@@ -559,10 +635,75 @@ def test_a_gapt_run_shades_the_phases_that_compress(tmp_path):
     tables.write(tmp_path / "h.parquet", row, [tables.from_columns(row, columns)], meta)
     section = section_of(tmp_path / "h.parquet", "h.parquet")
     check(section)
-    assert figures(section)["Share of updates that compress"].value == "20.0%"
+    assert (section.figures[0].label, section.figures[0].value) == ("Share of updates that compress", "20.0%")
     assert figures(section)["Held-out cross-entropy"].value == "0.500 nats"
-    assert "10 phases compress" in section.plots[0].alt
+    assert "10 phases of compression" in section.plots[0].alt
     assert "the mean of 3 updates" in section.plots[0].caption
+
+
+def compared(measure, arm, **own):
+    row = {field.name: "x" for field in dataclasses.fields(row_of("train-gapt.compare"))}
+    row |= {"measure": measure, "arm": arm, "mean": 0.05, "lo": 0.01, "hi": 0.09, "difference": None, "weight": 1.0}
+    row |= {"difference_lo": None, "difference_hi": None, "n_seeds": 3, "n_lower": None, "share_compress": 0.5}
+    return row | own
+
+
+@pytest.mark.parametrize("low", [-0.2, 0.01, None])
+def test_an_entropy_has_no_interval_below_zero(tmp_path, low):
+    gone = {"difference": -0.01, "difference_lo": -0.05, "difference_hi": 0.03, "n_lower": 2}
+    rows = [compared("val_mbe", "paper"), compared("val_mbe", "none", lo=low, hi=None if low is None else 0.3, **gone)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    path = parquet(tmp_path / "c.parquet", columns, {"report": "train-gapt.compare", "schema_version": 1})
+    section = section_of(path, "c.parquet")
+    check(section)
+    assert not [note for note in section.notes if LEFT_OUT in note]
+    is_cut = low is not None and low < 0
+    assert ("cut at 0" in section.plots[0].caption, "cut at 0" in section.tables[0].caption) == (is_cut, is_cut)
+    assert section.tables[0].rows[1][3] == ("–" if low is None else shown.interval(max(low, 0.0), 0.3))
+    assert ("none 0.05 (0.00 to 0.30)" in section.plots[0].alt) == is_cut
+    (difference,) = (figure for figure in section.figures if "minus" in figure.label)
+    assert difference.interval == "−0.050 to 0.030"  # a difference may be
+    assert "lower in 2 of 3" in difference.note
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_parts_of_networks_are_told_as_means_over_them(tmp_path, seeds):
+    names = ("train_corrupted_acc", "corrupted_true_acc", "train_clean_acc", "test_acc")
+    rows = [{"seed": seed, "part": part, **dict.fromkeys(names, value + 0.2 * seed)}
+            for seed in range(seeds) for part, value in (("whole", 0.7), ("dominant", 0.1))]  # fmt: skip
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    path = parquet(tmp_path / "f.parquet", columns, {"report": "prune-memorizers.filtration", "schema_version": 1})
+    section = section_of(path, "f.parquet")
+    check(section)
+    found = figures(section)["Test accuracy, whole"]
+    assert found.value == ("0.700" if seeds == 1 else "0.800")
+    assert found.note.startswith("one network" if seeds == 1 else "mean of n = 2 networks, from 0.700 to 0.900")
+    assert f"whole: corrupted {found.value}, test {found.value}" in section.plots[0].alt
+    assert ("dash: their mean" in section.plots[0].caption) == (seeds == 2)
+
+
+def test_a_caption_promises_only_what_is_drawn(tmp_path):
+    def caption(**own):
+        rows = [claim(**{"ours_lo": None, "ours_hi": None, "n_seeds": 1} | own)]
+        tables.write(tmp_path / "c.parquet", row_of("reproduce.claims"), [rows],
+                     {"report": "reproduce.claims", "schema_version": 1})  # fmt: skip
+        return section_of(tmp_path / "c.parquet", "c.parquet").plots[0].caption
+
+    own = "every line has its own scale"
+    assert caption() == f"Ours (dot); {own}; fewer than 3 seeds have no interval."
+    full = caption(ours_lo=0.4, ours_hi=0.6, low=0.3, paper=0.5, control="c", control_value=0.1)
+    assert full == (
+        f"Ours with its 95 % interval (dot, bar), what counts as holding (shaded), the paper's figure (dotted), the "
+        f"control (×); {own}."
+    )
+
+
+def test_a_rule_between_two_limits_tells_both(tmp_path):
+    row = dict.fromkeys(field.name for field in dataclasses.fields(row_of("check")))
+    row |= {"rule": "r", "sql": "avg(x) BETWEEN 1 AND 2", "verdict": "pass", "observed": 1.5, "limit": 2.0, "n": 3}
+    row |= {"least": 1.0, "comparison": "between"}
+    tables.write(tmp_path / "c.parquet", row_of("check"), [[row]], {"report": "check", "schema_version": 1})
+    assert section_of(tmp_path / "c.parquet", "c.parquet").tables[0].rows[0][4] == "1.00 to 2.00"
 
 
 def claim(**own):
@@ -587,7 +728,8 @@ def test_claims_stand_beside_the_papers_figures(tmp_path):
 
 
 def test_rules_stand_with_their_verdicts(tmp_path):
-    common = {"lo": None, "hi": None, "comparison": "<", "confidence": None, "method": None, "note": None, "n": 9}
+    common = dict.fromkeys(field.name for field in dataclasses.fields(row_of("check")))
+    common |= {"lo": None, "hi": None, "comparison": "<", "confidence": None, "method": None, "note": None, "n": 9}
     rows = [
         common | {"rule": "small <loss>", "sql": "avg(x) < 1", "verdict": "pass", "observed": 0.5, "limit": 1.0},
         common | {"rule": "r2", "sql": "avg(y) < 1", "verdict": "fail", "observed": 2.0, "limit": 1.0},
@@ -682,7 +824,75 @@ def test_parts_of_a_run_are_made_again_by_their_whole():
     )
 
 
-def test_what_rules_said_is_repeated_by_rerun_alone():
+RULES = ("avg(loss) < 1.0", "none: count(*) FILTER (label = 'a b') = 0", '-avg("a b") >= -2', "x::DOUBLE > 1")
+CHANGES = ("margin: +0.5", "loss: -1e-06", "aum: ±0.01", "named: avg(new.loss) < avg(base.loss)")
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"where": "label = 'a'", "confidence": 0.9}, {"inconclusive": "fail", "seed": 3}]
+)
+def test_the_command_of_a_check_reads_back_the_same_rules(given):
+    import shlex
+
+    from memdiag import rules
+    from memdiag.check_report import CheckOptions
+
+    same = {key: given.get(key) for key in ("where", "confidence")}
+    asked = rules.gathered(RULES, None, **same)
+    options = CheckOptions(asked, **{key: value for key, value in given.items() if key not in same}).resolved()
+    meta = json.loads(json.dumps({"report": "check", "options": {"report": "-s x.parquet", **options}}))
+    rerun, where, made = provenance.shell_lines(meta, Path("c.parquet")).split("\n")
+    assert rerun == "memdiag rerun c.parquet"
+    assert "run it in that directory" in where
+    params = parsed(shlex.split(made)[1:])
+    assert rules.gathered(params["rule"], None, where=params["where"], confidence=params["confidence"]) == asked
+    assert str(params["report"]) == "-s x.parquet"
+    assert [params[key] for key in ("inconclusive", "seed")] == [options[key] for key in ("inconclusive", "seed")]
+
+
+@pytest.mark.parametrize("texts", [(), CHANGES])
+def test_the_command_of_a_diff_reads_back_the_same_rules(texts):
+    import shlex
+
+    from memdiag import rules
+    from memdiag.diff_report import DiffOptions
+
+    asked = rules.gathered_changes(texts, None)
+    options = {"base": "a.parquet", "new": "b.parquet", **DiffOptions(asked, anyway=True, confidence=0.9).resolved()}
+    for kind in ("diff.rules", "diff.columns", "diff.movers"):
+        meta = json.loads(json.dumps({"report": kind, "options": options}))
+        params = parsed(shlex.split(provenance.shell_lines(meta, Path("c.parquet")).split("\n")[2])[1:])
+        assert rules.gathered_changes(params["rule"] or (), None) == asked
+        assert [str(params[key]) for key in ("base", "new", "anyway", "confidence", "top")] == [
+            "a.parquet", "b.parquet", "True", "0.9", "10"]  # fmt: skip
+
+
+SQL = {"name": None, "sql": "avg(x) < 1", "where": None, "confidence": None, "must": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [
+        ("check", []),
+        ("check", [SQL, SQL | {"confidence": 0.9}]),
+        ("check", [SQL, SQL | {"where": "y > 1"}]),
+        ("check", [SQL | {"must": True, "confidence": 0.9}]),
+        ("check", [SQL | {"name": "a: b"}]),
+        ("check", [SQL | {"sql": "named: avg(x) < 1"}]),
+        ("check", [SQL | {"where": ["x"]}]),
+        ("check", ["avg(x) < 1"]),
+        ("diff.rules", [{"column": "x", "least": None, "most": 0.1, "name": "a name of its own"}]),
+        ("diff.rules", [{"column": "x", "least": -0.1, "most": 0.2, "name": None}]),
+        ("diff.rules", [{"column": "x", "least": None, "most": 0.12345678, "name": None}]),
+        ("diff.rules", [{"column": "x.(y)", "least": None, "most": 0.1, "name": None}]),
+    ],
+)
+def test_what_no_option_tells_is_repeated_by_rerun_alone(kind, rules):
+    options = {"report": "s.parquet", "base": "a", "new": "b", "rules": rules}
+    assert provenance.shell_lines({"report": kind, "options": options}, Path("c")) == "memdiag rerun c"
+
+
+def test_what_rules_said_is_repeated_by_rerun():
     for kind in ("check", "diff.rules", "diff.columns"):
         meta = {"report": kind, "options": {"report": "s.parquet", "rules": []}, "of": {"report": "score"}}
         assert provenance.shell_lines(meta, Path("c x.parquet")) == "memdiag rerun 'c x.parquet'"
@@ -692,7 +902,7 @@ def test_what_rules_said_is_repeated_by_rerun_alone():
 
 def test_columns_that_differ_are_drawn_beside_zero(tmp_path):
     schema = row_of("diff.columns")
-    nothing = {field.name: None for field in dataclasses.fields(schema)}
+    nothing = {field.name: None for field in dataclasses.fields(schema)} | {"one_sided": 0}
     rows = [
         nothing
         | {
@@ -724,7 +934,7 @@ def test_columns_that_differ_are_drawn_beside_zero(tmp_path):
 def test_imported_columns_are_not_said_to_come_again():
     lines = provenance.shell_lines({"report": "score", "foreign": {"c": {}}, "options": {"source": "x"}}, Path("s"))
     assert "rerun" not in lines
-    assert lines == "memdiag score x"
+    assert lines.split("\n") == [f"# as it was made; {provenance.WHERE}", "memdiag score x"]
 
 
 def test_options_of_another_version_are_named(tmp_path):

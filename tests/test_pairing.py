@@ -155,3 +155,25 @@ def test_a_key_is_shown_as_json():
 
 def test_a_name_is_quoted_whatever_is_in_it():
     assert quoted('a"; DROP') == '"a""; DROP"'
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "alike"),
+    [
+        (["1", "2"], [1, 2], False),
+        ([1, 2], [1.0, 2.0], False),
+        ([True, False], [1, 0], False),
+        (pa.array([1, 2], pa.int8()), pa.array([1, 2], pa.uint64()), True),
+        (pa.array([1, 2], pa.float32()), [1.0, 2.0], True),
+    ],
+)
+def test_keys_of_types_that_cannot_be_told_equal_do_not_pair(base, new, alike, tmp_path):
+    columns = {"row": [0, 1]}
+    with session_of(tmp_path, {"example_id": base, **columns}, {"example_id": new, **columns}) as session:
+        if alike:
+            assert paired_by(session, "score").in_order
+        else:
+            said = r"key column 'example_id' is (VARCHAR|BIGINT|BOOLEAN) in the base report and (BIGINT|DOUBLE) in the"
+            with pytest.raises(InputError, match=said):
+                paired_by(session, "score")
+        assert paired_by(session, "score", "row").in_order

@@ -100,15 +100,15 @@ class Building:
         about = f"n = {shown.number(n)} {what}".strip() if n is not None else ""
         self.figure(label, found["value"], found.get("lo"), found.get("hi"), "; ".join(t for t in (about, note) if t))
 
-    def plot(self, canvas: Canvas, alt: str, caption: str) -> None:
-        """A plot, unless it is too large for a page."""
+    def plot(self, canvas: Canvas, alt: str, caption: str, *, dense: bool = False) -> None:
+        """A plot, unless it is too large for a page; a dense one keeps a width on a phone, and scrolls there."""
         from memdiag import page_svg
 
         svg = page_svg.inline(canvas, name=f"{self.name} {self.kind} {len(self.plots)}")
         if len(svg.encode(errors="replace")) > MOST_SVG:
             self.note(f"a plot takes {len(svg) // 1000} kB and is left out: {caption}")
             return
-        self.plots.append(Plot(svg, alt, caption))
+        self.plots.append(Plot(svg, alt, caption, dense))
 
     def table(self, caption: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table; a column is numeric where all that it shows are numbers or intervals. The first rows of many."""

@@ -117,12 +117,14 @@ def _draw_histogram(page: Building) -> None:
     axis.set_xlabel("memorization: p in − p out")
     total = sum(int(group.sum()) for group in groups)
     (many,) = page.one("SELECT count(*) FILTER (WHERE memorization >= ?) FROM report", (MEMORIZED,))
+    apart = f", {int(groups[1].sum()):,} suspects apart" if len(groups) > 1 else ""
     alt = (
-        f"Histogram of memorization of {total:,} examples, from {shown.number(low)} to {shown.number(high)}, "
+        f"Histogram of memorization of {total:,} examples{apart}, from {shown.number(low)} to {shown.number(high)}, "
         "most of them in "
         f"the bar at {shown.number(float(edges[int(np.argmax(sum(groups)))]))}; {many:,} are at {MEMORIZED:g} or above."
     )
-    page.plot(canvas, alt, "Memorization of the examples, log scale.")
+    both = "; suspects before the others" if len(groups) > 1 else ""
+    page.plot(canvas, alt, f"Memorization of the examples, log scale{both}.")
 
 
 def _draw_in_out(page: Building) -> None:
@@ -152,11 +154,12 @@ def _draw_in_out(page: Building) -> None:
         "SELECT count(*) FILTER (WHERE p_in < p_out), count(*) FILTER (WHERE p_in >= 0.75 AND p_out <= 0.25) "
         "FROM report"
     )
+    left, under = shown.counted(surely, "example"), shown.counted(below, "example")
     way = "Points" if n <= MOST_MARKS else "Density"
     alt = (
-        f"{way} of {n:,} examples, right with it against right without it. {surely:,} lie top left, right in "
-        "three of four "
-        f"models with them and wrong in three of four without; {below:,} lie below the diagonal."
+        f"{way} of {n:,} examples, right with it against right without it. Top left, "
+        f"right in three of four models with it and wrong in three of four without: {left}; below the "
+        f"diagonal: {under}."
     )
     noise = "; a little noise shows how many" if n <= MOST_MARKS else ""
     page.plot(canvas, alt, f"Share of models that are right, in against out; memorized examples are top left{noise}.")

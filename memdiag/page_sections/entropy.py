@@ -115,7 +115,7 @@ def _draw(page: Building, unit: str, pooling: str | None, rows: list[list[Row]])
         f"Heat map of {len(rows[0])} layers by {len(rows)} checkpoints. MBE is lowest, {low['mbe']:.2f} nats, in layer "
         f"{low['layer']} at {_at(low)}, and highest, {high['mbe']:.2f}, in layer {high['layer']} at {_at(high)}."
     )
-    page.plot(canvas, alt, f"{title}: layer × step, nats.")
+    page.plot(canvas, alt, f"{title}: layer × step, nats.", dense=True)
     _draw_trend(page, title, rows)
 
 
@@ -299,7 +299,7 @@ def _draw_cosine_map(page: Building, steps: list[dict[int | None, Row]], numbers
         f"Heat map of the cosine, {len(numbers)} layers by {len(steps)} checkpoints, from "
         f"{shown.number(float(np.nanmin(values)))} to {shown.number(float(np.nanmax(values)))}."
     )
-    page.plot(canvas, alt, "Cosine by layer × step; above 0 a cross-entropy step compresses that layer.")
+    page.plot(canvas, alt, "Cosine by layer × step; above 0 a cross-entropy step compresses that layer.", dense=True)
 
 
 def _cosine_table(page: Building, last: dict[int | None, Row], oscillation: list[Row]) -> None:

@@ -38,6 +38,8 @@ def _headlines(page: Building) -> None:
         "SELECT count(*), max(step), count(*) FILTER (WHERE phase = ?), max(tokens), count(switch_reason) FROM report",
         (COMPRESS,),
     )
+    about = f"of {n:,} updates; {shown.counted(switches, 'switch', 'switches')}"
+    page.figure("Share of updates that compress", shown.share(compress, n), note=about)
     found = page.sql("SELECT step, val_ce, val_mbe FROM report WHERE val_ce IS NOT NULL ORDER BY 1 DESC LIMIT 1")
     for step, ce, mbe in found:
         page.figure("Held-out cross-entropy", ce, note=f"update {step:,}, no interval: one run", unit="nats")
@@ -46,7 +48,6 @@ def _headlines(page: Building) -> None:
     (ce,) = page.one("SELECT avg(ce) FROM report WHERE step > ?", (last - tail,))
     page.figure("Training cross-entropy", ce, note=f"mean of the last {tail:,} updates", unit="nats")
     page.figure("Updates", n, note=f"{shown.number(tokens)} tokens")
-    page.figure("Share of updates that compress", shown.share(compress, n), note=f"{switches:,} switches")
 
 
 def _draw(page: Building) -> None:
@@ -77,7 +78,7 @@ def _draw(page: Building) -> None:
         f"{name} from {shown.number(float(values[0, i]))} to {shown.number(float(values[-1, i]))} nats"
         for i, name in ((1, "cross-entropy"), (2, "MBE of the active layers"))
     )
-    alt = f"Over {n:,} updates {told}; {len(shaded):,} phases compress."
+    alt = f"Over {n:,} updates {told}; {shown.counted(len(shaded), 'phase')} of compression."
     more = f"; a point is the mean of {size:,} updates" if size > 1 else ""
     page.plot(
         canvas, alt, f"Cross-entropy and entropy (nats) over the updates; shaded: the phases that compress{more}."
@@ -109,11 +110,15 @@ def compare(page: Building) -> None:
     """The gated arm against every control, paired by seed, and every measure of every arm."""
     names = ("measure", "arm", "mean", "lo", "hi", "difference", "difference_lo", "difference_hi", "n_seeds", "n_lower",
              "share_compress", "weight")  # fmt: skip
-    rows = page.records(columns=names)
+    # a t interval of few seeds may reach below 0, where no entropy and no cross-entropy is
+    told = page.records(columns=names)
+    is_cut = any(row["lo"] is not None and row["lo"] < 0 for row in told)
+    rows = [row | {"lo": None if row["lo"] is None else max(row["lo"], 0.0)} for row in told]
+    cut = "; intervals that reach below 0 are cut at 0: no entropy is negative" if is_cut else ""
     with page.part("headline figures"):
         _differences(page, rows)
     with page.part("the arms side by side"):
-        _draw_compare(page, rows)
+        _draw_compare(page, rows, cut)
     with page.part("the table of arms"):
         header = ("measure", "arm", "mean (nats)", "95 % interval", "gated minus this", "95 % interval", "lower in",
                   "compress", "w")  # fmt: skip
@@ -121,7 +126,7 @@ def compare(page: Building) -> None:
             [
                 train_gapt_view.MEASURES.get(row["measure"], row["measure"]),
                 row["arm"],
-                shown.number(row["mean"], 3),
+                shown.number(row["mean"], shown.places_of(row["lo"], row["hi"])),
                 shown.interval(row["lo"], row["hi"]) or None,
                 shown.number(row["difference"], shown.places_of(row["difference_lo"], row["difference_hi"])),
                 shown.interval(row["difference_lo"], row["difference_hi"]) or None,
@@ -131,7 +136,7 @@ def compare(page: Building) -> None:
             ]
             for row in rows
         ]
-        page.table("The arms, means over seeds; differences are paired by seed", header, cells)
+        page.table(f"The arms, means over seeds; differences are paired by seed{cut}", header, cells)
 
 
 def _differences(page: Building, rows: list[Row]) -> None:
@@ -146,7 +151,7 @@ def _differences(page: Building, rows: list[Row]) -> None:
                 row["difference"],
                 row["difference_lo"],
                 row["difference_hi"],
-                f"n = {row['n_seeds']} seeds, paired; lower in {row['n_lower']}",
+                f"n = {row['n_seeds']} seeds, paired; lower in {row['n_lower']} of {row['n_seeds']}",
                 unit="nats",
             )
     page.figure("Seeds of each arm", seeds)
@@ -154,7 +159,7 @@ def _differences(page: Building, rows: list[Row]) -> None:
         page.note("fewer than 3 seeds have no interval")
 
 
-def _draw_compare(page: Building, rows: list[Row]) -> None:
+def _draw_compare(page: Building, rows: list[Row], cut: str) -> None:
     measures = [
         name for name in train_gapt_view.MEASURES if any(r["measure"] == name and r["mean"] is not None for r in rows)
     ]
@@ -168,4 +173,5 @@ def _draw_compare(page: Building, rows: list[Row]) -> None:
         mine = [row for row in rows if row["measure"] == measure and row["mean"] is not None]
         each = ", ".join(f"{row['arm']} {shown.with_interval(row['mean'], row['lo'], row['hi'])}" for row in mine)
         told.append(f"{train_gapt_view.MEASURES[measure]}: {each}")
-    page.plot(canvas, f"{'; '.join(told)}.", "Every measure of every arm (nats): mean and 95 % t interval over seeds.")
+    bars = " and 95 % t interval" if any(row["lo"] is not None for row in rows) else ""
+    page.plot(canvas, f"{'; '.join(told)}.", f"Every measure of every arm (nats): mean{bars} over seeds{cut}.")

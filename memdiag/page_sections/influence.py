@@ -63,7 +63,8 @@ def _draw_influence(page: Building) -> None:
         "FROM report"
     )
     alt = (
-        f"Histogram of the influence of listed pairs, from {shown.number(low)} to {shown.number(high)}: "
+        f"Histogram of the influence of {page.count():,} listed pairs, from {shown.number(low)} to "
+        f"{shown.number(high)}: "
         f"{helps:,} significant "
         f"ones help, {hurts:,} harm."
     )

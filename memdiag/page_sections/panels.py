@@ -7,27 +7,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from memdiag import page_svg, score_view
+from memdiag import page_svg, score_view, tables
 from memdiag.page_sections import shown
 from memdiag.page_sections.building import Building, quoted
+from memdiag.page_text import drawable
 
 ACROSS = 4
 BINS = score_view.BINS
+TOLD = 3  # panels whose medians the text of a plot tells
 TAIL = 0.005  # share at either end that a long tail is cut at
 
 
-def distributions(page: Building, names: Sequence[str], truth: str | None = None, caption: str = "") -> None:
-    """A histogram of each column, rows that are true apart if the report says which are; long tails are cut.
+def distributions(
+    page: Building, names: Sequence[str], truth: str | None = None, caption: str = "", marked: str = "suspect"
+) -> None:
+    """A histogram of each column, marked rows apart if the report says which are; long tails are cut.
+
+    A column that is the same in every row is told in a note.
 
     Args:
         page: to add to.
         names: of columns of numbers or truth values.
         truth: a column of truth values.
         caption: what is said below; None: what they are.
+        marked: what a row is whose truth is true.
     """
     found = {name: spread for name in names if (spread := edges_of(page, name)) is not None}
+    same = [name for name, (edges, _) in found.items() if is_constant(page, name)]
+    if same:
+        page.note(f"the same in every row that has a value, so not drawn: {shown.listed(same)}")
+    found = {name: spread for name, spread in found.items() if name not in same}
     if not found:
         return
     lines = -(-len(found) // ACROSS)
@@ -41,8 +53,8 @@ def distributions(page: Building, names: Sequence[str], truth: str | None = None
         }
         if truth is not None:
             nothing = np.zeros(len(edges) - 1, dtype=np.int64)
-            groups = {"others": counts.get(False, nothing), "true": counts.get(True, nothing)}
-        score_view.draw_distribution(axis, edges, groups, colours)
+            groups = {"others": counts.get(False, nothing), marked: counts.get(True, nothing)}
+        score_view.draw_distribution(axis, edges, {drawable(label): of for label, of in groups.items()}, colours)
         axis.set_title(name, fontsize=8.5)
         axis.tick_params(labelsize=7.5)
         axis.set_yticks([])
@@ -52,10 +64,17 @@ def distributions(page: Building, names: Sequence[str], truth: str | None = None
         axis.set_axis_off()
     if truth is not None:
         axes[0].legend(fontsize=7.5)
-    what = "shares of true examples and of the others" if truth is not None else "shares of the rows"
+    what = f"shares of examples marked {marked} and of the others" if truth is not None else "shares of the rows"
     tails = f"; the outermost bars of {shown.listed(cut, 3)} hold all that lies beyond" if cut else ""
-    alt = f"Histograms of {shown.listed(list(found), 6)}. {_seen(page, next(iter(found)))}"
-    page.plot(canvas, alt, f"{caption or 'Distributions'}: {what}, heights not comparable between panels{tails}.")
+    told = [_seen(page, name, truth, marked) for name in list(found)[:TOLD]]
+    more = f", and {len(found) - TOLD:,} more" if len(found) > TOLD else ""
+    alt = f"{shown.counted(len(found), 'histogram')} of {page.count():,} rows; medians: {'; '.join(told)}{more}."
+    page.plot(
+        canvas,
+        alt,
+        f"{caption or 'Distributions'}: {what}, heights not comparable between panels{tails}.",
+        dense=len(found) > 2,
+    )
 
 
 def edges_of(page: Building, name: str) -> tuple[NDArray[np.float64], bool] | None:
@@ -76,12 +95,25 @@ def edges_of(page: Building, name: str) -> tuple[NDArray[np.float64], bool] | No
     return np.histogram_bin_edges(np.array([start, stop]), bins=BINS), is_cut
 
 
-def _seen(page: Building, name: str) -> str:
+def is_constant(page: Building, name: str) -> bool:
+    """Whether all that a column has are one value."""
     column = f"CAST({quoted(name)} AS DOUBLE)"
-    low, middle, high = page.one(
-        f"SELECT min({column}), quantile_cont({column}, 0.5), max({column}) FROM report WHERE isfinite({column})"
+    low, high = page.one(f"SELECT min({column}), max({column}) FROM report WHERE isfinite({column})")
+    return bool(low == high)
+
+
+def _seen(page: Building, name: str, truth: str | None, marked: str) -> str:
+    """The median of a column, of truth values the share; of the marked rows and the others if it is known which."""
+    column = f"CAST({quoted(name)} AS DOUBLE)"
+    is_rate = pa.types.is_boolean(tables.read_schema(page.path).field(name).type)
+    middle, name = (f"avg({column})", f"{name} (share)") if is_rate else (f"quantile_cont({column}, 0.5)", name)
+    known = f"FROM report WHERE isfinite({column})"
+    if truth is None:
+        return f"{name} {shown.number(page.one(f'SELECT {middle} {known}')[0])}"
+    own, others = page.one(
+        f"SELECT {middle} FILTER (WHERE {quoted(truth)}), {middle} FILTER (WHERE NOT {quoted(truth)}) {known}"
     )
-    return f"{name} lies between {shown.number(low)} and {shown.number(high)}, its median is {shown.number(middle)}."
+    return f"{name} {shown.number(own)} of {marked}, {shown.number(others)} of the others"
 
 
 @dataclass(frozen=True)

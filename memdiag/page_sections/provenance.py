@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 300  # letters of a value
+WHERE = "paths are as they were typed: run it in that directory"
 DIGITS = 12  # of a fingerprint
 # beginning of a report's kind -> command, where its options are declared, the option that is its argument
 COMMANDS = {
@@ -82,17 +83,69 @@ def shell_lines(meta: Mapping[str, Any], path: Path) -> str:
     kind, lines = str(meta.get("report")), []
     command = _command_of(kind)
     is_foreign = kind == "score" and meta.get("foreign")  # no run makes imported columns
-    # rules may each have a confidence of their own, which no option tells: what repeats them is rerun alone
     if (command is not None and not is_foreign) or kind == "check" or kind.startswith("diff."):
         target = Path(os.path.normpath(path.parent / PARTS[kind])) if kind in PARTS else path
         lines.append(f"memdiag rerun {quoted(_as_argument(str(target)))}")
+    made = ""
     if command is not None and isinstance(meta.get("options"), Mapping):
         argument = command[2]
         given = meta["options"].get(argument) if argument else None
         first = [] if given is None else [quoted(_as_argument(str(given)))]
-        lines += ["# or, as it was made:"] * bool(lines)
-        lines.append(" ".join(["memdiag", command[0], *first, *options_of(meta)]))
+        made = " ".join(["memdiag", command[0], *first, *options_of(meta)])
+    elif kind == "check" or kind.startswith("diff."):
+        made = _judging(kind, meta.get("options"))
+    if made:
+        lines += [f"# {'or, as it was made' if lines else 'as it was made'}; {WHERE}", made]
     return "\n".join(lines)
+
+
+def _judging(kind: str, options: Any) -> str:
+    """The command that judged; "" where no options say it: rules may each have a condition and a confidence."""
+    if not isinstance(options, Mapping) or not isinstance(options.get("rules"), list):
+        return ""
+    from memdiag.check_report import CheckOptions
+    from memdiag.diff_report import DiffOptions
+
+    is_check = kind == "check"
+    paths = [options.get(name) for name in (("report",) if is_check else ("base", "new"))]
+    rules = [_rule(rule) for rule in options["rules"]]
+    if not all(isinstance(path, str) for path in paths) or None in rules or (is_check and not rules):
+        return ""
+    shared = {(rule.get("where"), rule.get("confidence")) for rule in options["rules"]}
+    where, confidence = next(iter(shared), (None, None))
+    # --where and --confidence are of all rules; those of diff have none of their own
+    if len(shared) > 1 or (not is_check and (where, confidence) != (None, None)):
+        return ""
+    words = ["memdiag", "check" if is_check else "diff", *(quoted(_as_argument(str(path))) for path in paths)]
+    words += [f"--rule {quoted(rule)}" for rule in rules if rule is not None]
+    words += [f"--where {quoted(str(where))}"] * (where is not None)
+    words += [f"--confidence {_text(confidence)}"] * (is_check and confidence is not None)
+    declared = dataclasses.fields(CheckOptions if is_check else DiffOptions)
+    return " ".join(words + _given(options, [field for field in declared if field.name != "rules"]))
+
+
+def _rule(rule: Any) -> str | None:
+    """A rule as --rule takes it; None: no option says this one."""
+    from memdiag.rules import Change, Rule, change_of, rule_of
+
+    texts, numbers = ("column", "name", "sql", "where"), ("confidence", "least", "most")
+    if not isinstance(rule, Mapping):
+        return None
+    if not all(isinstance(rule.get(key, ""), str | None) for key in texts) or not all(
+        isinstance(rule.get(key, 0), int | float | None) for key in numbers
+    ):
+        return None
+    try:
+        if "column" in rule:
+            change = Change(**rule)
+            said = rule_of(change.sql)
+            return change.sql if said.name and change_of(said.name, said.sql) == change else None
+        own = Rule(**rule)
+    except TypeError:
+        return None
+    text = f"{own.name}: {own.sql}" if own.name is not None else own.sql
+    read = rule_of(text, where=own.where, confidence=own.confidence)
+    return text if read == own else None
 
 
 def options_of(meta: Mapping[str, Any]) -> list[str]:
@@ -103,10 +156,15 @@ def options_of(meta: Mapping[str, Any]) -> list[str]:
     _, where, argument = command
     module, _, name = where.partition(":")
     declared = dataclasses.fields(getattr(importlib.import_module(module), name))
+    return _given(options, [field for field in declared if field.name != argument])
+
+
+def _given(options: Mapping[str, Any], declared: Sequence[dataclasses.Field[Any]]) -> list[str]:
+    """Those of the declared options that are not default, as words of a shell line."""
     words = []
     for field in declared:
         value = options.get(field.name, field.default)
-        if field.name == argument or value is None or value == field.default:
+        if value is None or value == field.default:
             continue
         option = f"--{field.name.replace('_', '-')}"
         if value is True:

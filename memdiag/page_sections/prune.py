@@ -276,10 +276,14 @@ def filtration(page: Building) -> None:
     if not any(row[key] is not None for row in rows for key in labels):
         page.note("no part of a network has an accuracy")
         return
-    first = [row for row in rows if row["seed"] == rows[0]["seed"]]
-    for row in first:
-        page.figure(f"Test accuracy, {what.get(row['part'], row['part'])}", row["test_acc"], note=f"seed {row['seed']}")
     parts = list(dict.fromkeys(row["part"] for row in rows))
+    for part in parts:
+        known = floats([row for row in rows if row["part"] == part and row["test_acc"] is not None], "test_acc")
+        if len(known) > 1:
+            around = f"mean of n = {len(known)} networks, from {known.min():.3f} to {known.max():.3f}; no interval"
+            page.figure(f"Test accuracy, {what.get(part, part)}", float(known.mean()), note=around)
+        elif len(known):
+            page.figure(f"Test accuracy, {what.get(part, part)}", float(known[0]), note="one network, no interval")
     canvas = page_svg.new_figure(7.2, 2.8)
     axis = canvas.subplots()
     for i, (key, label) in enumerate(labels.items()):
@@ -295,19 +299,24 @@ def filtration(page: Building) -> None:
     axis.set(ylabel="accuracy", ylim=(-0.03, 1.03))
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     told = "; ".join(
-        f"{what.get(row['part'], row['part'])}: corrupted {shown.number(row['train_corrupted_acc'])}, test "
-        f"{shown.number(row['test_acc'])}"
-        for row in first
-    )
+        f"{what.get(part, part)}: "
+        + ", ".join(f"{label} {_mean(rows, part, key)}" for label, key in (("corrupted", "train_corrupted_acc"),
+                                                                          ("test", "test_acc")))
+        for part in parts
+    )  # fmt: skip
     n = len({row["seed"] for row in rows})
-    page.plot(
-        canvas,
-        f"Accuracy of seed {rows[0]['seed']}: {told}.",
-        f"Accuracy of parts of the network; dots: {n} networks, dash: their mean.",
-    )
+    many = f"{n} networks, dash: their mean" if n > 1 else "one network"
+    over = f"mean over {n} networks" if n > 1 else "one network"
+    page.plot(canvas, f"Accuracy of parts, {over}: {told}.", f"Accuracy of parts of the network; dots: {many}.")
     header = ("network", "part", *labels.values())
     page.table(
         "Accuracy of parts",
         header,
         [[f"seed {r['seed']}", what.get(r["part"], r["part"]), *(r[k] for k in labels)] for r in rows],
     )
+
+
+def _mean(rows: Sequence[Row], part: object, key: str) -> str:
+    """Over the networks that have a value; – if none has."""
+    known = [row[key] for row in rows if row["part"] == part and row[key] is not None]
+    return shown.number(sum(known) / len(known)) if known else shown.NOTHING

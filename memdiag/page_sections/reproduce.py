@@ -49,12 +49,7 @@ def claims(page: Building) -> None:
             alt = f"{len(found)} claims, each on its own scale: {held} lie in the band that counts as holding"
             away = [strip.label for strip in found if strip.good is False]
             alt += f"; outside: {shown.listed(away)}." if away else "."
-            page.plot(
-                strips(found),
-                alt,
-                "Ours with its 95 % interval (dot, bar), what counts as holding (shaded), the "
-                "paper's figure (dotted), the control (×); every line has its own scale.",
-            )
+            page.plot(strips(found), alt, _drawn(found))
     with page.part("the table of claims"):
         header = ("claim", "statement", "paper", "ours", "95 % interval", "holds if", "control", "verdict")
         cells = [
@@ -71,6 +66,17 @@ def claims(page: Building) -> None:
             for row in rows
         ]
         page.table("Claim by claim", header, cells)
+
+
+def _drawn(found: Sequence[Strip]) -> str:
+    """What the strips show, and nothing that none of them has."""
+    ours = "Ours with its 95 % interval (dot, bar)" if any(s.lo is not None for s in found) else "Ours (dot)"
+    parts = [ours]
+    parts += ["what counts as holding (shaded)"] * any(s.low is not None or s.high is not None for s in found)
+    parts += ["the paper's figure (dotted)"] * any(s.paper is not None for s in found)
+    parts += ["the control (×)"] * any(s.control is not None for s in found)
+    few = "" if any(s.lo is not None for s in found) else "; fewer than 3 seeds have no interval"
+    return f"{', '.join(parts)}; every line has its own scale{few}."
 
 
 def phases(page: Building) -> None:
@@ -111,7 +117,12 @@ def _draw_map(page: Building, cells: Sequence[Row]) -> None:
         f"Map of {len(cells)} networks by share trained on and share corrupted, for {len(by_decay)} weight decays: "
         f"{told}."
     )
-    page.plot(canvas, alt, "The phase that each network ends in; the number is its agreement with corrupted labels.")
+    page.plot(
+        canvas,
+        alt,
+        "The phase that each network ends in; the number is its agreement with corrupted labels.",
+        dense=True,
+    )
 
 
 def effects(page: Building) -> None:
@@ -186,8 +197,11 @@ def _draw_effects(page: Building, rows: Sequence[Row]) -> None:
         + ", ".join(f"{r['arm']} {shown.with_interval(r['ours'], r['ours_lo'], r['ours_hi'])}" for r in group)
         for name, group in found[:3]
     )
-    dots = "dots: runs; beside them mean and 95 % interval over seeds" if runs else "mean and 95 % interval over seeds"
-    page.plot(canvas, f"{told}.", f"{dots}; dotted: the paper's figure.".capitalize())
+    drawn = [row for _, group in found for row in group]
+    means = "mean and 95 % interval over seeds" if any(row["ours_lo"] is not None for row in drawn) else "mean"
+    dots = f"Dots: runs; beside them {means}" if runs else means.capitalize()
+    paper = "; dotted: the paper's figure" if any(row["paper"] is not None for row in drawn) else ""
+    page.plot(canvas, f"{told}.", f"{dots}{paper}.")
 
 
 def runs(page: Building) -> None:
@@ -234,5 +248,7 @@ def runs(page: Building) -> None:
             canvas,
             f"Dots of every run for {len(some)} measures. {some[0]}: {told}.",
             "A dot for each run; every panel has its own scale.",
+            dense=across > 2,
         )
-    page.table("Means over the runs, 95 % t intervals", ("measure", "arm", "mean", "95 % interval", "runs"), cells)
+    told = "Means over the runs" + (", 95 % t intervals" if any(cell[3] for cell in cells) else "")
+    page.table(told, ("measure", "arm", "mean", "95 % interval", "runs"), cells)

@@ -11,8 +11,10 @@ from memdiag import page_svg, score_view, scores
 from memdiag.page_sections import shown
 from memdiag.page_sections.building import Building, quoted
 from memdiag.page_sections.panels import distributions
+from memdiag.page_sections.plain import means
 
 MOST_SCORES = 24  # panels
+LONGEST_NAME = 24  # letters of a column's name in a legend
 ALL_CELLS = 12  # names up to which a matrix has all its numbers, and not half of them
 
 
@@ -21,8 +23,16 @@ def examples(page: Building) -> None:
     names, found = names_of(page), page.meta.get("summary")
     truth = "truth" if "truth" in page.columns else None
     if not isinstance(found, Mapping) or not isinstance(found.get("scores"), Mapping):
-        page.note("the metadata has no summary: means, agreement and areas under the curve are left out")
+        page.note("the metadata has no summary: agreement and areas under the curve are left out")
         found = None
+    elif other := of_other_rows(page):
+        page.note(
+            f"{other}: agreement and areas under the curve are left out, the means are of the rows that there are"
+        )
+        found = None
+    if found is None:
+        with page.part("the means"):
+            means(page, names)
     else:
         with page.part("headline figures"):
             _headlines(page, names, found)
@@ -31,7 +41,7 @@ def examples(page: Building) -> None:
     with page.part("distributions"):
         if len(names) > MOST_SCORES:
             page.note(f"of {len(names)} scores the distributions of {MOST_SCORES} are drawn")
-        distributions(page, names[:MOST_SCORES], truth, "Distribution of each score")
+        distributions(page, names[:MOST_SCORES], truth, "Distribution of each score", marked(page))
     if found is None:
         return
     with page.part("areas under the curve"):
@@ -56,6 +66,33 @@ def names_of(page: Building) -> list[str]:
     return found
 
 
+def marked(page: Building) -> str:
+    """What an example is whose truth is true: the column of --truth as its name, "suspect" where nobody says.
+
+    A true value says that the example is corrupted or suspect; "true" would be read as a correct label.
+    """
+    options = page.meta.get("options")
+    name = options.get("truth") if isinstance(options, Mapping) else None
+    return name if isinstance(name, str) and name.strip() and len(name) <= LONGEST_NAME else "suspect"
+
+
+def of_other_rows(page: Building) -> str:
+    """How the summary in the metadata is not of the rows of the report, since somebody changed them; "" if it is."""
+    found = page.meta.get("summary")
+    if not isinstance(found, Mapping):
+        return ""
+    n, rows = found.get("n"), page.count()
+    if isinstance(n, int) and n != rows:
+        return f"the summary in the metadata is of {n:,} examples, and the report has {rows:,}"
+    truth = found.get("truth")
+    if isinstance(truth, Mapping) and isinstance(truth.get("n_true"), int) and "truth" in page.columns:
+        (here,) = page.one("SELECT count(*) FILTER (WHERE truth) FROM report")
+        if here != truth["n_true"]:
+            told = f"{truth['n_true']:,} examples marked {marked(page)}"
+            return f"the summary in the metadata tells of {told}, and the report has {here:,}"
+    return ""
+
+
 def memorized(page: Building, name: str) -> str:
     """The end of a score's range that is more memorized, "high" or "low"; "" for neither."""
     foreign, own = page.meta.get("foreign"), page.meta.get("memorized")
@@ -73,11 +110,10 @@ def _headlines(page: Building, names: Sequence[str], found: Mapping[str, Any]) -
         known.sort(key=lambda name: -of[name]["auc"]["value"])
         for name in known[:1]:
             chosen = f"highest of {len(known)} scores, chosen after the fact" if len(known) > 1 else ""
-            page.estimate(f"AUC of {name}", of[name]["auc"], "examples", chosen)
-            page.estimate(
-                f"True ones among its top {shown.number(truth.get('n_true'))}", of[name].get("found_in_top"), "examples"
-            )
-        page.figure("True examples", truth.get("n_true"), note=f"of {shown.number(truth.get('n'))}")
+            page.estimate(f"AUC of {name}, {marked(page)} against others", of[name]["auc"], "examples", chosen)
+            top = f"{marked(page).capitalize()} among its top {shown.number(truth.get('n_true'))}"
+            page.estimate(top, of[name].get("found_in_top"), "examples")
+        page.figure(f"Examples marked {marked(page)}", truth.get("n_true"), note=f"of {shown.number(truth.get('n'))}")
     else:
         shown_first = list(dict.fromkeys(name for name in (*score_view.HEADLINES, *names) if name in names))
         for name in shown_first[:3]:
@@ -115,13 +151,12 @@ def _draw_auc(page: Building, names: Sequence[str], found: Mapping[str, Any]) ->
     axis.grid(axis="x")
     (worst, least), (best, most) = known[0], known[-1]
     alt = (
-        f"AUC of {len(known)} scores with intervals: highest {best}, "
+        f"AUC of {len(known)} scores, {marked(page)} examples against the others: highest {best}, "
         f"{shown.with_interval(most['value'], most.get('lo'), most.get('hi'))}; lowest {worst}, "
         f"{shown.with_interval(least['value'], least.get('lo'), least.get('hi'))}."
     )
-    page.plot(
-        canvas, alt, "How well each score finds the true examples: AUC with 95 % DeLong interval, dashed: chance."
-    )
+    drawn = " with 95 % DeLong interval" if any(auc.get("lo") is not None for _, auc in known) else ""
+    page.plot(canvas, alt, f"How well each score finds examples marked {marked(page)}: AUC{drawn}, dashed: chance.")
 
 
 def _draw_agreement(page: Building, names: Sequence[str], found: Mapping[str, Any]) -> None:
@@ -151,7 +186,7 @@ def _draw_agreement(page: Building, names: Sequence[str], found: Mapping[str, An
         f"{shown.with_interval(high['value'], high.get('lo'), high.get('hi'))}; lowest: {low['a']} and {low['b']}, "
         f"{shown.with_interval(low['value'], low.get('lo'), low.get('hi'))}."
     )
-    page.plot(canvas, alt, "Agreement: Spearman's ρ of the scores, turned so that high is more memorized.")
+    page.plot(canvas, alt, "Agreement: Spearman's ρ of the scores, turned so that high is more memorized.", dense=True)
     if left := [name for name in names if name not in some]:
         page.note(f"without agreement, since they are the same or null everywhere: {shown.listed(left)}")
 
@@ -193,7 +228,7 @@ def _top(page: Building, names: Sequence[str], found: Mapping[str, Any]) -> None
         top = of[name]["top"]
         extra = [key for key in ("label", "truth", "text") if any(example.get(key) is not None for example in top)]
         others = [other for other in some if other != name]
-        header = ["example", name, *others, *extra]
+        header = ["example", name, *others, *(marked(page) if key == "truth" else key for key in extra)]
         cells: list[list[object]] = []
         for example in top:
             own = values.get(str(example["example_id"]), {})

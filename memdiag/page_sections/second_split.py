@@ -8,13 +8,16 @@ from memdiag import page_svg
 from memdiag.page_sections import score, shown
 from memdiag.page_sections.building import MOST_POINTS, Building
 from memdiag.page_sections.panels import draw_density
+from memdiag.page_text import drawable
 
 
 def second_split(page: Building) -> None:
     """As any score; before it how fast halves are forgotten, and forgetting beside confidence."""
     networks = page.meta.get("networks")
     with page.part("what the networks learned and kept"):
-        if not networks:
+        if other := score.of_other_rows(page):
+            page.note(f"{other}: what the networks learned and kept is left out")
+        elif not networks:
             page.note("the metadata does not tell what the networks learned")
         else:
             for key, label in (("learned", "Right after stage 1"), ("kept", "Of these, still right after stage 2")):
@@ -36,10 +39,10 @@ def _over_networks(page: Building, label: str, told: list[float]) -> None:
 
 
 def _groups(page: Building) -> dict[str, tuple[str, str]]:
-    """label -> (condition, colour), the true ones apart if the report says which are."""
+    """label -> (condition, colour), those of --truth apart if the report says which are."""
     if "truth" not in page.columns:
         return {"all": ("true", page_svg.COLOURS[0])}
-    return {"others": ("NOT truth", page_svg.COLOURS[0]), "true": ("truth", page_svg.COLOURS[1])}
+    return {"others": ("NOT truth", page_svg.COLOURS[0]), score.marked(page): ("truth", page_svg.COLOURS[1])}
 
 
 def _draw_forgetting(page: Building) -> None:
@@ -60,10 +63,10 @@ def _draw_forgetting(page: Building) -> None:
         for epoch, n, censored in found[:MOST_POINTS]:
             at.append(float(epoch))
             shares.append(shares[-1] + (n - censored) / total)
-        axis.step(at, shares, where="post", color=colour, label=f"{label} (n = {total:,})")
+        axis.step(at, shares, where="post", color=colour, label=f"{drawable(label)} (n = {total:,})")
         middle = next((epoch for epoch, reached in zip(at, shares) if reached >= 0.5), None)
         half = "fewer than half are forgotten" if middle is None else f"half are forgotten by epoch {middle:.3g}"
-        told.append(f"of the {label} {half}, {shown.share(never, total)} never are")
+        told.append(f"of the {label}, {half}, {shown.share(never, total)} never are")
     if not told:
         page.note("no example has an epoch in which it was forgotten")
         return
@@ -93,7 +96,7 @@ def _draw_plane(page: Building) -> None:
             counts[int(y), int(x)] = n
         n_of[label] = int(np.nansum(counts))
         draw_density(canvas, axis, counts, (low, high if high > low else low + 1.0, 0.0, 1.0))
-        axis.set(xlabel="epoch of forgetting", title=f"{label} (n = {n_of[label]:,})")
+        axis.set(xlabel="epoch of forgetting", title=f"{drawable(label)} (n = {n_of[label]:,})")
     axes[0].set_ylabel("confidence in stage 2")
     told = " and ".join(f"{n:,} {label}" for label, n in n_of.items())
     page.plot(

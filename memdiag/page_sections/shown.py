@@ -90,6 +90,11 @@ def listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names) if more <= 0 else f"{', '.join(names[:most])} and {more:,} more"
 
 
+def counted(n: int, name: str, several: str = "") -> str:
+    """A number of things: "1 phase", "2 phases"; `several` where the plural is no s."""
+    return f"{n:,} {name if n == 1 else several or f'{name}s'}"
+
+
 def _signed(text: str) -> str:
     """With a true minus sign, and no minus before nothing."""
     if text.startswith("-"):

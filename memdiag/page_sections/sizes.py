@@ -70,7 +70,7 @@ def _draw_sizes(page: Building) -> None:
     canvas = page_svg.new_figure(7.2, 3.4)
     counterfactual_view.draw_sizes(canvas.subplots(), widths, curves)
     told = "; ".join(
-        f"{call}, {n:,} examples, from {shown.number(float(of[0]))} to {shown.number(float(of[-1]))}"
+        f"{call}, {shown.counted(n, 'example')}, from {shown.number(float(of[0]))} to {shown.number(float(of[-1]))}"
         for call, (n, of) in curves.items()
     )
     page.plot(

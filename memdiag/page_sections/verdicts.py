@@ -10,8 +10,8 @@ from memdiag.page_sections.panels import Strip, strips
 
 MOST_STRIPS = 24
 TOP = 40
-FIELDS = ("rule", "sql", "verdict", "observed", "lo", "hi", "limit", "comparison", "n", "confidence", "method", "p",
-          "q", "note")  # fmt: skip
+FIELDS = ("rule", "sql", "verdict", "observed", "lo", "hi", "limit", "least", "comparison", "n", "confidence", "method",
+          "p", "q", "note")  # fmt: skip
 
 
 def check(page: Building) -> None:
@@ -34,7 +34,7 @@ def check(page: Building) -> None:
                 row["verdict"],
                 shown.number(row["observed"], shown.places_of(row["lo"], row["hi"])),
                 _ends(row),
-                f"{row['comparison'] or ''} {shown.number(row['limit'])}".strip() if row["limit"] is not None else None,
+                _limit(row),
                 row["n"],
                 *([row["p"], row["q"]] if is_diff else []),
                 row["note"],
@@ -70,6 +70,14 @@ def _pairs(page: Building) -> None:
         page.note(str(note))
 
 
+def _limit(row: Row) -> str | None:
+    if row["limit"] is None:
+        return None
+    if row["least"] is not None:
+        return f"{shown.number(row['least'])} to {shown.number(row['limit'])}"
+    return f"{row['comparison'] or ''} {shown.number(row['limit'])}".strip()
+
+
 def _ends(row: Row) -> str | None:
     text = shown.interval(row["lo"], row["hi"])
     return f"{text} ({row['confidence']:.0%})" if text and row["confidence"] is not None else text or None
@@ -82,8 +90,8 @@ def _draw_rules(page: Building, rows: Sequence[Row]) -> None:
     found = []
     for row in known[:MOST_STRIPS]:
         sign, limit = str(row["comparison"] or ""), row["limit"]
-        low = limit if sign.startswith(">") or sign == "=" else None
-        high = limit if sign.startswith("<") or sign == "=" else None
+        low = row["least"] if row["least"] is not None else limit if sign.startswith(">") or sign == "=" else None
+        high = limit if sign.startswith("<") or sign in ("=", "between") else None
         good = {"pass": True, "fail": False}.get(row["verdict"])
         found.append(Strip(str(row["rule"]), row["observed"], row["lo"], row["hi"], low, high, good=good))
     if found:
