@@ -122,27 +122,37 @@ def _ask(session: Session, rule: Rule, source: str) -> _Asked:
         (kind,) = session.types(f"SELECT {truth} FROM {source}", of=of)
         if kind == "BOOLEAN":
             statistic = Rate(f"({statistic.values} = 1)", f"({statistic.among} AND {statistic.values} IS NOT NULL)")
-    return _Asked(rule, parsed, statistic, (*columns, *_columns(statistic)))
+    return _Asked(rule, parsed, statistic, (*columns, *_columns(statistic, with_interval=rule.confidence is not None)))
 
 
-def _columns(statistic: Mean | Rate | None) -> list[str]:
-    """What must be known of the rows for the interval of a statistic."""
+def _columns(statistic: Mean | Rate | None, *, with_interval: bool) -> list[str]:
+    """What must be known of the rows that a statistic is of: how many, and for its interval more."""
     if isinstance(statistic, Rate):
-        return [
-            f"count(*) FILTER (WHERE {statistic.hit} AND {statistic.among})",
-            f"count(*) FILTER (WHERE {statistic.among})",
-            f"count(*) FILTER (WHERE {statistic.hit} AND NOT coalesce({statistic.among}, false))",
-        ]
+        counted = f"count(*) FILTER (WHERE {statistic.among})"
+        return (
+            [counted]
+            if not with_interval
+            else [
+                counted,
+                f"count(*) FILTER (WHERE {statistic.hit} AND {statistic.among})",
+                f"count(*) FILTER (WHERE {statistic.hit} AND NOT coalesce({statistic.among}, false))",
+            ]
+        )
     if isinstance(statistic, Mean):
         value, only = f"CAST({statistic.values} AS DOUBLE)", f"FILTER (WHERE {statistic.among})"
         finite = f"CASE WHEN isfinite({value}) THEN {value} END"
-        return [
-            f"count({value}) {only}",
-            f"avg({finite}) {only}",
-            f"stddev_samp({finite}) {only}",
-            f"skewness({finite}) {only}",
-            f"count(*) FILTER (WHERE {statistic.among} AND NOT isfinite({value}))",
-        ]
+        counted = f"count({value}) {only}"
+        return (
+            [counted]
+            if not with_interval
+            else [
+                counted,
+                f"avg({finite}) {only}",
+                f"stddev_samp({finite}) {only}",
+                f"skewness({finite}) {only}",
+                f"count(*) FILTER (WHERE {statistic.among} AND NOT isfinite({value}))",
+            ]
+        )
     return []
 
 
@@ -172,8 +182,7 @@ def _verdict(session: Session, one: _Asked, values: Sequence[Any], rows: int, so
     numbers = [rounded(limit) for limit in limits]
     interval, p, note = Interval(rounded(observed), None, None, rows, None, None), None, None
     if one.statistic is not None:
-        n = int(values[known] if isinstance(one.statistic, Mean) else values[known + 1])
-        interval = dataclasses.replace(interval, n=n)
+        interval = dataclasses.replace(interval, n=int(values[known]))
         if rule.confidence is not None:
             interval, p = _interval(session, one, values[known:], numbers, interval, source, how)
             note = interval.note
@@ -235,7 +244,7 @@ def _interval(
     confidence, statistic = one.rule.confidence or 0.0, one.statistic
     p_of: Callable[[float], float | None]
     if isinstance(statistic, Rate):
-        hits, n, outside = (int(value) for value in values)
+        n, hits, outside = (int(value) for value in values)
         if outside:
             note = f"{outside:,} of the rows counted above are not among those below: no share, so no interval"
             return dataclasses.replace(observed, note=note), None

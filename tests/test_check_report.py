@@ -320,9 +320,9 @@ def test_from_python(report):
 def test_check_starts_without_what_is_slow(report):
     code = (
         "import sys\n"
-        "sys.argv = ['memdiag', 'check', 'score.parquet', '-r', 'avg(loss) < 9', '--confidence', '0.95', '-q']\n"
         "from memdiag.cli import run\n"
-        "try:\n    run()\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "args = ['check', 'score.parquet', '-r', 'avg(loss) < 9', '--confidence', '0.95', '-q']\n"
+        "try:\n    run(args)\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
         "slow = {'torch', 'transformers', 'pandas', 'matplotlib', 'scipy.stats', 'jinja2', 'rich'} & set(sys.modules)\n"
         "assert not slow, slow"
     )

@@ -514,9 +514,9 @@ def test_rules_of_a_file_on_the_command_line(memdiag_, two):
 def test_diff_starts_without_what_is_slow(two):
     code = (
         "import sys\n"
-        "sys.argv = ['memdiag', 'diff', 'base.parquet', 'new.parquet', '-r', 'loss: +9', '-r', 'truth: +1', '-q']\n"
         "from memdiag.cli import run\n"
-        "try:\n    run()\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "args = ['diff', 'base.parquet', 'new.parquet', '-r', 'loss: +9', '-r', 'truth: +1', '-q']\n"
+        "try:\n    run(args)\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
         "slow = {'torch', 'transformers', 'pandas', 'matplotlib', 'scipy.stats', 'jinja2', 'rich'} & set(sys.modules)\n"
         "assert not slow, slow"
     )
