@@ -41,7 +41,7 @@ def run(
     limits = {"time_limit": options.time_limit, "memory_limit": options.memory_limit, "own_process": own_process}
     with opened({"base": base, "new": new}, **limits) as session:  # type: ignore[arg-type]
         pairing = paired_by(session, str(metas[0]["report"]), options.on)
-        noise = [_floors(meta) for meta in metas]
+        noise = [noise_floors(meta) for meta in metas]
         schemas = tables.read_schema(base), tables.read_schema(new)
         found = compared(session, pairing, *schemas, noise=noise, top=options.top, seed=options.seed)
         verdicts = _verdicts(session, pairing, found, options)
@@ -156,18 +156,6 @@ def _more_notes(pairing: Pairing, found: Compared) -> list[str]:
     if pairing.left_out:
         notes.append(f"paired without {', '.join(pairing.left_out)}, of which each report has one")
     return notes
-
-
-def _floors(meta: Mapping[str, Any]) -> dict[str, float]:
-    """Half-widths at 95 % of what repeats of a measurement move the mean of a column by, as a report states them."""
-    stated = meta.get("noise_floor")
-    if not isinstance(stated, dict):
-        return {}
-    return {
-        str(name): float(value)
-        for name, value in stated.items()
-        if isinstance(value, int | float) and 0 <= value < 1e300
-    }
 
 
 def _verdicts(session: Session, pairing: Pairing, found: Compared, options: DiffOptions) -> list[Verdict]:
