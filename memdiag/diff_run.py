@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memdiag import judging, tables
-from memdiag.check_report import as_row, check_fit, check_place, digest_of, written
+from memdiag.check_report import as_row, check_fit, check_place, digest_of, noise_floors, written
 from memdiag.diff_columns import BOOLEAN, DIGITS, OTHER, Column, Compared, compared
 from memdiag.diff_movers import movers
 from memdiag.diff_report import COLUMNS, MOVERS, RULES, Diffed, DiffOptions, RuleRow
