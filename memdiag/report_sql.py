@@ -26,7 +26,8 @@ from memdiag.errors import InputError, one_line, unknown
 TIME_LIMIT = 60.0  # seconds that one statement may take
 MEMORY_LIMIT = "4GB"
 GRACE = 3.0  # seconds after its time in which a statement may stop by itself
-ROOM = 1 << 30  # bytes beyond the memory limit: what DuckDB does not count, and Python
+THREADS = 8  # at the most: each takes address space, which a limit of the process would run out of on many cores
+ROOM = 2 << 30  # bytes beyond the memory limit: threads, what DuckDB does not count, and Python
 _NO_COLUMN = re.compile(r'Referenced column "(?P<name>.*?)" not found|does not have a column named "(?P<other>.*?)"')
 _FAULTS_OF_SQL = (
     duckdb.ParserException,
@@ -181,6 +182,7 @@ def _shut_in(folder: Path, memory: str) -> Iterator[duckdb.DuckDBPyConnection]:
             "python_enable_replacements": "false",  # a table's name is no Python variable
             "preserve_insertion_order": "false",  # less memory; whoever needs an order says so
             "memory_limit": memory,
+            "threads": str(min(THREADS, os.cpu_count() or 1)),
             "temp_directory": str(folder / "spilled"),
         }
     )
