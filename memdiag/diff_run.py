@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,24 +227,11 @@ def _without_vain_p(verdict: Verdict) -> Verdict:
     if real == limits:
         return verdict
     p = partial(p_of_rate, round(value * verdict.n), verdict.n)
-    return dataclasses.replace(verdict, p=_p_of_limits(p, real, value))
+    return dataclasses.replace(verdict, p=judging.p_of_limits(p, real, value))
 
 
 def _joined(*notes: str | None) -> str | None:
     return "; ".join(note for note in notes if note) or None
-
-
-def _p_of_limits(p: Callable[[float], float | None], limits: Sequence[float], value: float | None) -> float | None:
-    """Two-sided p of a rule with one limit or two, `limits` from the least on.
-
-    Between two limits the mean must be told from both, so the larger p counts; outside of them from the nearer one.
-    """
-    if value is None or not limits:
-        return None
-    inside = limits[0] <= value <= limits[-1]
-    found = [p(limit) for limit in (limits if inside else [min(limits, key=lambda one: abs(one - value))])]
-    known = [one for one in found if one is not None]
-    return max(known) if len(known) == len(found) else None
 
 
 def _pairs(pairing: Pairing) -> str:
@@ -291,7 +278,7 @@ def _of_change(rule: Change, columns: Mapping[str, Column], confidence: float) -
         verdict = judging.judged(comparison, limits, interval)
         # a difference of rates is within -1 and 1: a limit out there is none
         real = [limit for limit in limits if one.kind != BOOLEAN or abs(limit) < 1]
-        p = _p_of_limits(one.p, real, value)
+        p = judging.p_of_limits(one.p, real, value)
     return Verdict(
         rule=rule.title,
         sql=rule.sql,

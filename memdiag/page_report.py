@@ -85,18 +85,6 @@ def build(paths: Sequence[Path], *, title: str | None = None, not_over: Sequence
     )
 
 
-def found_in(paths: Sequence[Path]) -> list[Path]:
-    """The reports that a page of these paths shows, in its order.
-
-    Args:
-        paths: files as given; directories are searched, their reports sorted. Hidden files and directories, and
-            `SHARDS`, are passed over.
-    Raises:
-        InputError: none is found, or a file that was named is no report.
-    """
-    return [path for path, _ in _search(paths).reports]
-
-
 @dataclass(frozen=True)
 class _Found:
     reports: tuple[tuple[Path, str], ...]  # path, and its name on the page
@@ -104,6 +92,14 @@ class _Found:
 
 
 def _search(paths: Sequence[Path]) -> _Found:
+    """The reports that a page of these paths shows, in its order.
+
+    Files stand as given; directories are searched, their reports sorted. Hidden files and directories are passed over,
+    and so are `SHARDS`.
+
+    Raises:
+        InputError: none is found, or a file that was named is no report.
+    """
     reports: dict[Path, tuple[Path, str]] = {}  # by the real path: a report given twice is one
     shards: Counter[str] = Counter()
     notes: list[str] = []

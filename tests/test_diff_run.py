@@ -18,7 +18,6 @@ from test_cli import one_line
 
 import memdiag
 from memdiag import tables
-from memdiag.diff_run import _p_of_limits
 from memdiag.errors import InputError
 from memdiag.mean_interval import mean_interval, p_value
 from memdiag.pairing import KEYS
@@ -236,17 +235,6 @@ def test_what_rose_by_fifty_standard_deviations_fails_among_any_number_of_rules(
     assert found[0].verdict == "fail"
     assert found[0].q < 1e-50
     assert sum(v.verdict != "inconclusive" for v in found) <= 1 + rules * (1 - confidence)
-
-
-def test_two_limits_are_both_told_from_a_mean_between_them_and_only_the_nearer_one_beyond():
-    p = {0.0: 0.03, 1.0: 0.2}
-    assert _p_of_limits(p.get, [0.0, 1.0], 0.1) == 0.2  # the nearer one has the smaller p: its side has the short tail
-    assert _p_of_limits(p.get, [0.0, 1.0], -0.1) == 0.03
-    assert _p_of_limits(p.get, [0.0, 1.0], 1.1) == 0.2
-    assert _p_of_limits(p.get, [1.0], 0.1) == 0.2
-    assert (
-        _p_of_limits(p.get, [], 0.1) is _p_of_limits(p.get, [0.0], None) is _p_of_limits(p.get, [0.0, 2.0], 1) is None
-    )
 
 
 def test_a_rule_with_two_limits_passes_no_sooner_than_each_of_them_alone(tmp_path):

@@ -22,7 +22,7 @@ from page_examples import HOLDING_ALL, HOSTILE, hostile, ordinary, plot
 from memdiag import page, page_svg, tables
 from memdiag.errors import InputError
 from memdiag.page import Figure, Plot, Section, Table
-from memdiag.page_report import build, found_in, report
+from memdiag.page_report import _search, build, report
 from memdiag.page_text import JOINERS, as_code, as_shell, cut, drawable, in_markdown, plain, shown
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -567,7 +567,7 @@ def sectioned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def names(tmp_path: Path, *paths: Path) -> list[str]:
-    return [str(path.relative_to(tmp_path)) for path in found_in(paths)]
+    return [str(path.relative_to(tmp_path)) for path, _ in _search(paths).reports]
 
 
 def test_a_directory_is_searched_and_its_own_files_come_first(tmp_path: Path) -> None:
@@ -579,7 +579,7 @@ def test_a_directory_is_searched_and_its_own_files_come_first(tmp_path: Path) ->
 def test_files_come_as_given_and_once(tmp_path: Path) -> None:
     b, a = put(tmp_path / "b.parquet"), put(tmp_path / "a.parquet")
     assert names(tmp_path, b, a, b) == ["b.parquet", "a.parquet"]
-    assert len(found_in([b, tmp_path / ".." / tmp_path.name / "b.parquet"])) == 1
+    assert len(_search([b, tmp_path / ".." / tmp_path.name / "b.parquet"]).reports) == 1
     assert names(tmp_path, b, tmp_path) == ["b.parquet", "a.parquet"]
     (tmp_path / "link.parquet").symlink_to(a)
     assert names(tmp_path, tmp_path) == ["a.parquet", "b.parquet"]
@@ -638,12 +638,12 @@ def test_what_is_no_report_is_a_note_in_a_directory_and_an_error_by_name(tmp_pat
 
 def test_nothing_found_is_an_error_that_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"no report of memdiag in {tmp_path}; give"):
-        found_in([tmp_path])
+        _search([tmp_path])
     (tmp_path / "broken.parquet").write_bytes(b"")
     with pytest.raises(InputError, match=r"no report of memdiag in .* \(not shown: .*broken.parquet"):
-        found_in([tmp_path])
+        _search([tmp_path])
     with pytest.raises(InputError, match="no report was given"):
-        found_in([])
+        _search([])
 
 
 @pytest.mark.usefixtures("sectioned")
